@@ -1,0 +1,583 @@
+"""A LLaMA-family decoder in one file: the network, Hugging Face folders in and out, LoRA, generation.
+
+Read it top to bottom: configuration, RMSNorm, rotary positions, attention, feed-forward, decoder,
+checkpoints, LoRA and PEFT's adapter layout, generation with a KV cache. Modules carry the names of
+Hugging Face checkpoints (`model.layers.0.self_attn.q_proj`), so weights load without a table of names.
+
+Shapes: B rows, T positions, H hidden size, V vocabulary, d head size, L layers, S cache slots.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes and settings of a decoder, under the names of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> ModelConfig:
+        """Read a parsed config.json; ValueError names the key that is missing or asks for what we lack."""
+
+        def required(key: str) -> int:
+            if not isinstance(raw.get(key), int):
+                raise ValueError(f"config.json: {key!r} must be an integer, got {raw.get(key)!r}")
+            return raw[key]
+
+        if raw.get("model_type") != "llama":
+            raise ValueError(f"config.json: model_type {raw.get('model_type')!r} is not implemented; expected 'llama'")
+        only_value = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
+        for key, value in only_value.items():
+            if raw.get(key, value) != value:
+                raise ValueError(f"config.json: {key} = {raw[key]!r} is not implemented; expected {value!r}")
+        for key in ("rope_scaling", "quantization_config"):
+            if raw.get(key) is not None:
+                raise ValueError(f"config.json: {key} = {raw[key]!r} is not implemented; expected null")
+        rope = raw.get("rope_parameters") or {}  # the spelling of transformers 5
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not implemented; expected 'default'")
+
+        heads, hidden = required("num_attention_heads"), required("hidden_size")
+        kv_heads = raw.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise ValueError(f"config.json: {heads} attention heads do not share {kv_heads} key-value heads evenly")
+        eos = raw.get("eos_token_id")
+        return cls(
+            vocab_size=required("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=required("intermediate_size"),
+            num_hidden_layers=required("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=raw.get("head_dim") or hidden // heads,
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+
+    def to_dict(self) -> dict:
+        """The config.json that `from_dict` and transformers read back."""
+        raw = asdict(self)
+        eos = raw.pop("eos_token_ids")
+        raw["eos_token_id"] = list(eos) if len(eos) > 1 else eos[0] if eos else None
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **raw}
+
+
+# ------------------------------------------------------------------------------------------- network
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; the mean square is taken in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles: (B, T) -> two (B, 1, T, d), fp32.
+
+    Angle i of position p is p * theta^(-2i/d); it turns the pair (x_i, x_{i+d/2}) of every head.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    angles = position_ids.float()[..., None] * theta**-exponent  # (B, T, d/2)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, d): the same for every head
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each head's pairs (x_i, x_{i+d/2}) by their position's angle: (B, heads, T, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer; slot p of row b holds position p of that row.
+
+    Rows of unequal length sit side by side: each writes at its own positions and sees no slot past them,
+    so that what a shorter row's padding wrote is overwritten before it can be read.
+    """
+
+    def __init__(self, model: Transformer, rows: int, slots: int):
+        cfg, weight = model.config, model.lm_head.weight
+        shape = (cfg.num_hidden_layers, rows, cfg.num_key_value_heads, slots, cfg.head_dim)
+        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, position_ids: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, heads, T, d) at position_ids (B, T); return the first `visible` slots."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.keys[layer][rows, :, position_ids] = k.transpose(1, 2)
+        self.values[layer][rows, :, position_ids] = v.transpose(1, 2)
+        return self.keys[layer][:, :, :visible], self.values[layer][:, :, :visible]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Let the other rows leave the batch."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key-value heads and rotary positions."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, cfg.head_dim
+        self.q_proj = nn.Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, d)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            visible = int(position_ids.max()) + 1
+            k, v = cache.extend(self.layer, k, v, position_ids, visible)
+            seen = torch.arange(visible, device=x.device) <= position_ids[:, None, :, None]  # (B, 1, T, visible)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = FeedForward(cfg)
+
+    def forward(self, x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), position_ids, cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """The decoder and its language-model head. Fresh weights are normal(0, 0.02); norms are ones."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.source: Path | None = None  # the folder that from_pretrained read, whose tokenizer files travel on
+        layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": layers,
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """The last layer's normalised output, before the head: (B, T) -> (B, T, H).
+
+        Attention is causal in row order, so padding on the right needs no mask: no real token sees it.
+
+        Args:
+            input_ids:    (B, T) int64.
+            position_ids: (B, T) int64, rotary positions; 0..T-1 when not given.
+            cache:        attend to earlier tokens too, and remember these.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta)
+        x = self.model["embed_tokens"](input_ids)
+        for layer in self.model["layers"]:
+            x = layer(x, position_ids, cos, sin, cache)
+        return self.model["norm"](x)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Next-token logits: (B, T) -> (B, T, V). Right padding needs no mask."""
+        return self.lm_head(self.hidden_states(input_ids, position_ids))
+
+    # --------------------------------------------------------------------------------- checkpoints
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Transformer:
+        """Load a Hugging Face folder: config.json and one .safetensors file or a sharded index.
+
+        The network is built on the meta device and takes each tensor as it is read, so that memory peaks
+        at one model plus one tensor. Strict: a missing, extra, truncated or misshapen tensor is an error.
+
+        Raises:
+            FileNotFoundError: no such folder, config.json or weights.
+            ValueError: what config.json asks for is not implemented, or the weights do not fit it.
+        """
+        folder = Path(folder)
+        try:
+            config = ModelConfig.from_dict(read_json(folder / "config.json"))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        with torch.device("meta"):
+            model = cls(config)
+        model.source = folder
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        state = {}
+        for name, tensor in checkpoint_tensors(folder):
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # older checkpoints store these angles; config.json determines them
+            if name not in expected:
+                raise ValueError(f"{folder}: unexpected tensor {name!r}")
+            if tensor.shape != expected[name]:
+                want, got = tuple(expected[name]), tuple(tensor.shape)
+                raise ValueError(f"{folder}: tensor {name!r} must have shape {want} by config.json, got {got}")
+            state[name] = tensor.to(device=device, dtype=dtype)
+        if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+            embedding = state["model.embed_tokens.weight"]
+            if not torch.equal(state.get("lm_head.weight", embedding), embedding):
+                raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
+            state["lm_head.weight"] = embedding
+        missing = [name for name in expected if name not in state]
+        if missing:
+            raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+        model.load_state_dict(state, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model["embed_tokens"].weight  # one Parameter, not two of one storage
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors (LoRA merged, tied embeddings once), the tokenizer's files and config.json."""
+        state = {}
+        for name, tensor in self.state_dict().items():
+            if "lora_" in name or (name == "lm_head.weight" and self.config.tie_word_embeddings):
+                continue
+            owner = self.get_submodule(name.rpartition(".")[0])
+            weight = owner.merged_weight() if isinstance(owner, LoRALinear) else tensor
+            state[name] = weight.detach().cpu().contiguous()
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+        with written_aside(folder) as new:
+            save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+            for name in TOKENIZER_FILES:
+                if self.source is not None and (self.source / name).is_file():
+                    shutil.copyfile(self.source / name, new / name)
+            write_json(new / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Each (name, tensor) of a folder's .safetensors files, one at a time."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    else:
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        if len(files) != 1:
+            raise FileNotFoundError(
+                f"{folder}: expected one .safetensors file or {index.name}, found {len(files)} .safetensors files"
+            )
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file}: not a whole safetensors file ({error})") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written_aside(folder: str | Path) -> Iterator[Path]:
+    """A folder to write files into; each is renamed into `folder` once all of them are whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as new:
+        yield Path(new)
+        for file in sorted(Path(new).iterdir(), key=lambda path: path.stat().st_mtime_ns):
+            os.replace(file, folder / file.name)
+
+
+# ---------------------------------------------------------------------------------------------- LoRA
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer plus a trained low-rank update: W x + (alpha / rank) B A x (Hu et al. 2021).
+
+    A (rank, in) starts Kaiming-uniform and B (out, rank) at zero, so that the update starts at zero.
+    Both are fp32 whatever the frozen weight is.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        with torch.device("meta"):
+            super().__init__(base.in_features, base.out_features, bias=False)
+        self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+        self.scale = alpha / rank
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return y + self.scale * update.to(y.dtype)
+
+    def merged_weight(self) -> Tensor:
+        """W + (alpha / rank) B A, summed in fp32 and rounded once to W's dtype."""
+        merged = self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
+        return merged.to(self.weight.dtype)
+
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(model: Transformer, rank: int, alpha: float, targets: tuple[str, ...] = LORA_TARGETS) -> Transformer:
+    """Freeze the model and give every linear layer named in `targets` (all but lm_head) a LoRA update, in place.
+
+    Raises:
+        ValueError: rank below 1, a target the model does not have, or LoRA there already.
+    """
+    if rank < 1:
+        raise ValueError(f"LoRA rank must be at least 1, got {rank}")
+    unknown = sorted(set(targets) - set(LORA_TARGETS))
+    if unknown or not targets:
+        raise ValueError(f"LoRA targets must be among {', '.join(LORA_TARGETS)}; got {', '.join(unknown) or 'none'}")
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has LoRA layers already")
+    model.requires_grad_(False)
+    for layer in model.model["layers"]:
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
+                if name in targets:
+                    setattr(block, name, LoRALinear(linear, rank, alpha))
+    return model
+
+
+def save_adapter(model: Transformer, folder: str | Path) -> None:
+    """Write the LoRA weights in PEFT's layout: adapter_model.safetensors and adapter_config.json."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ValueError("the model has no LoRA layers to save; call add_lora first")
+    rank = next(iter(layers.values())).lora_A.shape[0]
+    state = {
+        f"base_model.model.{name}.{part}.weight": getattr(module, part).detach().cpu().contiguous()
+        for name, module in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model.source or ""),
+        "r": rank,
+        "lora_alpha": next(iter(layers.values())).scale * rank,
+        "lora_dropout": 0.0,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with written_aside(folder) as new:
+        save_file(state, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(new / "adapter_config.json", config)
+
+
+def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
+    """Add the LoRA layers of a PEFT folder to `model`, in place; strict about settings, names and shapes.
+
+    Raises:
+        FileNotFoundError: adapter_config.json or adapter_model.safetensors is not there.
+        ValueError: the adapter asks for what we lack, or its tensors do not fit the model.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "adapter_config.json")
+    only_value = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
+    for key, value in only_value.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{folder}: adapter_config.json: {key} = {config[key]!r} is not implemented")
+    for key in ("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"):
+        if config.get(key):
+            raise ValueError(f"{folder}: adapter_config.json: {key} = {config[key]!r} is not implemented")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        raise ValueError(f"{folder}: adapter_config.json: target_modules must be a list of names, got {targets!r}")
+    add_lora(model, config["r"], config["lora_alpha"], tuple(targets))
+    expected = {
+        f"base_model.model.{name}.{part}.weight": getattr(module, part)
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+        for part in ("lora_A", "lora_B")
+    }
+    found = dict(checkpoint_tensors(folder))
+    if found.keys() != expected.keys():
+        odd = min(found.keys() ^ expected.keys())
+        raise ValueError(f"{folder}: adapter tensor {odd!r} is {'unexpected' if odd in found else 'missing'}")
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            if found[name].shape != parameter.shape:
+                want, got = tuple(parameter.shape), tuple(found[name].shape)
+                raise ValueError(f"{folder}: adapter tensor {name!r} must have shape {want}, got {got}")
+            parameter.copy_(found[name])
+    return model
+
+
+# ---------------------------------------------------------------------------------------- generation
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    eos_ids: tuple[int, ...] | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[list[int]]:
+    """Continue each prompt; greedy unless `temperature` is above 0. Batching does not change a row's text.
+
+    Args:
+        prompts:        token ids, each at least one token long; lengths may differ.
+        max_new_tokens: at most so many ids are added to each.
+        eos_ids:        a row ends with the first of these; the config's EOS when None, never when empty.
+        stop:           called with a row's new ids after every token; True ends the row.
+        temperature:    0 takes the most likely token, else tokens are drawn from softmax(logits / temperature).
+        generator:      the source of randomness when temperature > 0.
+        batch_size:     rows decoded together, shortest prompts first; a finished row leaves the batch.
+    Returns:
+        The new ids of each prompt, in the prompts' order, with the EOS that ended it (if one did).
+    Raises:
+        ValueError: an empty prompt, or one that with max_new_tokens passes max_position_embeddings.
+    """
+    eos_ids = model.config.eos_token_ids if eos_ids is None else eos_ids
+    limit = model.config.max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; expected at least one token id")
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} it passes the model's "
+                f"max_position_embeddings {limit}"
+            )
+    new_ids: list[list[int]] = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with tqdm(total=len(prompts), desc="generate", unit="row", disable=not progress) as bar:
+        for start in range(0, len(prompts), batch_size):
+            rows = by_length[start : start + batch_size]
+            _generate_batch(model, prompts, rows, new_ids, max_new_tokens, eos_ids, stop, temperature, generator, bar)
+    return new_ids
+
+
+def _generate_batch(model, prompts, rows, new_ids, max_new_tokens, eos_ids, stop, temperature, generator, bar) -> None:
+    """Decode `rows` of `prompts` side by side, appending to `new_ids` in place."""
+    device = model.lm_head.weight.device
+    lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
+    longest = int(lengths.max())
+    cache = KVCache(model, len(rows), longest + max_new_tokens)
+    input_ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in rows], device=device)
+    position_ids = torch.arange(longest, device=device).expand_as(input_ids)
+    read_at = lengths - 1  # the column that holds each row's last real token
+    for _ in range(max_new_tokens):
+        hidden = model.hidden_states(input_ids, position_ids, cache)
+        logits = model.lm_head(hidden[torch.arange(len(rows), device=device), read_at]).float()  # (rows, V)
+        if temperature > 0:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            token = logits.argmax(-1)
+        alive = []
+        for j, (i, new_id) in enumerate(zip(rows, token.tolist(), strict=True)):
+            new_ids[i].append(new_id)
+            if new_id not in eos_ids and not (stop is not None and stop(new_ids[i])):
+                alive.append(j)
+        if len(alive) < len(rows):
+            bar.update(len(rows) - len(alive))
+            if not alive:
+                return
+            keep = torch.tensor(alive, device=device)
+            rows, token, lengths = [rows[j] for j in alive], token[keep], lengths[keep]
+            cache.keep_rows(keep)
+        input_ids, position_ids = token[:, None], lengths[:, None]  # the new token stands after the row's last
+        lengths, read_at = lengths + 1, torch.zeros_like(lengths)
+    bar.update(len(rows))
