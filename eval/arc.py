@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from data.sft import Sample, TextTokenizer, collate, length_batches
+from data.sft import Sample, collate, length_batches
+from data.tokenizer import TextTokenizer
 from eval import common
 from model import Transformer
 

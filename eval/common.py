@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.sft import TextTokenizer, line_of_row, read_rows
+from data.sft import line_of_row, read_rows
+from data.tokenizer import TextTokenizer
 from model import Transformer, generate, load_adapter
 
 

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.sft import TextTokenizer
+from data.tokenizer import TextTokenizer
 from eval import common
 from model import Transformer
 

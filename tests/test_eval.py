@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import model as model_module
-from data.sft import TextTokenizer
+from data.tokenizer import TextTokenizer
 from eval import arc, common, gsm8k
 
 REPO = Path(__file__).parent.parent
