@@ -145,12 +145,17 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, position_ids: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, heads, T, d) at position_ids (B, T); return the first `visible` slots."""
+    def move_to(self, position_ids: Tensor) -> None:
+        """Say where the tokens of the coming forward pass stand, (B, T)."""
+        self.position_ids, self.slots = position_ids, int(position_ids.max()) + 1
+        self.seen = torch.arange(self.slots, device=position_ids.device) <= position_ids[:, None, :, None]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write k, v (B, heads, T, d); return all keys and values so far and who sees them (B, 1, T, slots)."""
         rows = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[layer][rows, :, position_ids] = k.transpose(1, 2)
-        self.values[layer][rows, :, position_ids] = v.transpose(1, 2)
-        return self.keys[layer][:, :, :visible], self.values[layer][:, :, :visible]
+        self.keys[layer][rows, :, self.position_ids] = k.transpose(1, 2)
+        self.values[layer][rows, :, self.position_ids] = v.transpose(1, 2)
+        return self.keys[layer][:, :, : self.slots], self.values[layer][:, :, : self.slots], self.seen
 
     def keep_rows(self, rows: Tensor) -> None:
         """Let the other rows leave the batch."""
@@ -168,7 +173,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
         self.o_proj = nn.Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, d)
@@ -178,9 +183,7 @@ class Attention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            visible = int(position_ids.max()) + 1
-            k, v = cache.extend(self.layer, k, v, position_ids, visible)
-            seen = torch.arange(visible, device=x.device) <= position_ids[:, None, :, None]  # (B, 1, T, visible)
+            k, v, seen = cache.extend(self.layer, k, v)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -208,8 +211,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = FeedForward(cfg)
 
-    def forward(self, x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), position_ids, cos, sin, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -250,9 +253,11 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta)
+        if cache is not None:
+            cache.move_to(position_ids)
         x = self.model["embed_tokens"](input_ids)
         for layer in self.model["layers"]:
-            x = layer(x, position_ids, cos, sin, cache)
+            x = layer(x, cos, sin, cache)
         return self.model["norm"](x)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -480,6 +485,9 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         raise ValueError(f"{folder}: adapter_config.json: target_modules must be a list of names, got {targets!r}")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float):
+            raise ValueError(f"{folder}: adapter_config.json: {key} must be a number, got {config.get(key)!r}")
     add_lora(model, config["r"], config["lora_alpha"], tuple(targets))
     expected = {
         f"base_model.model.{name}.{part}.weight": getattr(module, part)
@@ -541,43 +549,56 @@ def generate(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} it passes the model's "
                 f"max_position_embeddings {limit}"
             )
-    new_ids: list[list[int]] = [[] for _ in prompts]
+
+    def pick(logits: Tensor) -> Tensor:  # (rows, V) -> (rows,)
+        if temperature > 0:
+            return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        return logits.argmax(-1)
+
+    def ended(new_ids: list[int]) -> bool:
+        return new_ids[-1] in eos_ids or (stop is not None and stop(new_ids))
+
+    continued: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with tqdm(total=len(prompts), desc="generate", unit="row", disable=not progress) as bar:
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]
-            _generate_batch(model, prompts, rows, new_ids, max_new_tokens, eos_ids, stop, temperature, generator, bar)
-    return new_ids
+            new_ids = _continue_batch(model, [prompts[i] for i in rows], max_new_tokens, pick, ended)
+            for i, row in zip(rows, new_ids, strict=True):
+                continued[i] = row
+            bar.update(len(rows))
+    return continued
 
 
-def _generate_batch(model, prompts, rows, new_ids, max_new_tokens, eos_ids, stop, temperature, generator, bar) -> None:
-    """Decode `rows` of `prompts` side by side, appending to `new_ids` in place."""
+def _continue_batch(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    pick: Callable[[Tensor], Tensor],
+    ended: Callable[[list[int]], bool],
+) -> list[list[int]]:
+    """Decode prompts side by side: `pick` chooses the next token, `ended` takes a row out of the batch."""
     device = model.lm_head.weight.device
-    lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
+    new_ids: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # those still in the batch
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
-    cache = KVCache(model, len(rows), longest + max_new_tokens)
-    input_ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in rows], device=device)
+    cache = KVCache(model, len(prompts), longest + max_new_tokens)
+    input_ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
     position_ids = torch.arange(longest, device=device).expand_as(input_ids)
-    read_at = lengths - 1  # the column that holds each row's last real token
+    last = lengths - 1  # the column of each row's last real token
     for _ in range(max_new_tokens):
         hidden = model.hidden_states(input_ids, position_ids, cache)
-        logits = model.lm_head(hidden[torch.arange(len(rows), device=device), read_at]).float()  # (rows, V)
-        if temperature > 0:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        else:
-            token = logits.argmax(-1)
-        alive = []
-        for j, (i, new_id) in enumerate(zip(rows, token.tolist(), strict=True)):
-            new_ids[i].append(new_id)
-            if new_id not in eos_ids and not (stop is not None and stop(new_ids[i])):
-                alive.append(j)
-        if len(alive) < len(rows):
-            bar.update(len(rows) - len(alive))
-            if not alive:
-                return
-            keep = torch.tensor(alive, device=device)
-            rows, token, lengths = [rows[j] for j in alive], token[keep], lengths[keep]
+        token = pick(model.lm_head(hidden[torch.arange(len(rows), device=device), last]).float())
+        for row, new_id in zip(rows, token.tolist(), strict=True):
+            new_ids[row].append(new_id)
+        stay = [j for j, row in enumerate(rows) if not ended(new_ids[row])]
+        if not stay:
+            break
+        if len(stay) < len(rows):
+            keep = torch.tensor(stay, device=device)
+            rows, token, lengths = [rows[j] for j in stay], token[keep], lengths[keep]
             cache.keep_rows(keep)
         input_ids, position_ids = token[:, None], lengths[:, None]  # the new token stands after the row's last
-        lengths, read_at = lengths + 1, torch.zeros_like(lengths)
-    bar.update(len(rows))
+        lengths, last = lengths + 1, torch.zeros_like(lengths)
+    return new_ids

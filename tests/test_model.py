@@ -164,7 +164,7 @@ def test_generation_refuses_an_empty_prompt_and_one_that_would_leave_the_context
     model = small_model()
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(model, [[1], []], 3)
-    with pytest.raises(ValueError, match="prompt 0 has 38 tokens.*max_new_tokens 3.*max_position_embeddings 40"):
+    with pytest.raises(ValueError, match=r"prompt 0 has 38 tokens.*max_new_tokens 3.*max_position_embeddings 40"):
         generate(model, [[1] * 38], 3)
     assert len(generate(model, [[1] * 38], 2)[0]) == 2
 
@@ -329,6 +329,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path):
             load_adapter(small_model(), tmp_path)
 
     refuse("use_dora = True is not implemented", use_dora=True)
+    refuse("lora_alpha must be a number, got None", lora_alpha=None)
     refuse("target_modules must be a list", target_modules="all-linear")
     refuse("LoRA targets must be among .* got embed_tokens", target_modules=["embed_tokens"])
     refuse("lora_A.weight' must have shape", r=2)

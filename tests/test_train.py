@@ -1,0 +1,376 @@
+"""train.py: the loop against plain SFT written out by hand, ranks, resuming, budgets, and wrong input."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import qtuning
+import train
+from baselines import every_sample, random_samples, random_tokens
+from data.sft import Sample, load_samples, stream_order
+from data.tokenizer import TextTokenizer
+from model import ModelConfig, Transformer, load_adapter
+
+ROOT = Path(train.__file__).parent
+BASE = ROOT / "data" / "tiny" / "base"
+COLOURS = ["red", "green", "blue", "black", "white"]
+PLACES = ["near the river", "in the big town", "on the hill", "by the old mill, far from the sea"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small model of random weights, with the embedded tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    vocab = json.loads((BASE / "config.json").read_text())["vocab_size"]
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=vocab, tie_word_embeddings=True, **heads, **sizes))
+    model.source = BASE
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    texts = [
+        {"id": f"r{i}", "instruction": f"What is number {i}?", "output": f"It is {COLOURS[i % 5]} {PLACES[i % 4]}."}
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return path
+
+
+def run(checkpoint, rows, out, *flags, ranks=1):
+    """Run train.py in this process, or under torchrun; returns metrics and the run folder."""
+    argv = ["--model", str(checkpoint), "--data", str(rows), "--out", str(out), "--lora-rank", "0", "--lr", "1e-2"]
+    argv += ["--micro-batch", "4", "--sample-keep-ratio", "0.5", *flags]
+    if ranks == 1:
+        train.main(argv)
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = subprocess.run([*launch, str(ROOT / "train.py"), *argv], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def assert_same_weights(a, b, **tolerance):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance)
+
+
+def kept_ids(out):
+    steps = [json.loads(line) for line in (out / "selection.jsonl").read_text().splitlines()]
+    return [[(s["id"], s.get("tokens")) for s in step["samples"] if s["kept"]] for step in steps]
+
+
+def plain_sft(checkpoint, samples, orders, total_steps):
+    """Supervised fine-tuning with nothing clever: one row at a time, full logits, mean over the step's tokens."""
+    model = Transformer.from_pretrained(checkpoint)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for step, order in enumerate(orders):
+        nll, count = 0.0, 0
+        for i in order:
+            ids, labels = torch.tensor(samples[i].input_ids), torch.tensor(samples[i].labels)
+            logits = model(ids[None, :-1])[0]
+            nll = nll + F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+            count += int((labels[1:] != -100).sum())
+        optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+        optimizer.zero_grad()
+        (nll / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(nll.item() / count)
+    return model, losses
+
+
+# --------------------------------------------------------------------------- the loop, against plain SFT
+
+
+@pytest.mark.parametrize("flags", [["none", "none", "1"], ["qtuning", "none", "1.0"], ["random", "qtuning", "1.0"]])
+def test_keeping_everything_is_plain_sft(checkpoint, rows, tmp_path, flags):
+    samples, token = load_samples(rows, TextTokenizer.from_pretrained(checkpoint))[0], ["--token-keep-ratio", "1"]
+    names = ["--sample-pruner", flags[0], "--token-pruner", flags[1], "--sample-keep-ratio", flags[2], *token]
+    metrics = run(checkpoint, rows, tmp_path / "run", *names, "--max-steps", "3", "--pass-tokens", "64")
+    orders = [stream_order(40, 16 * step, 16 * step + 16, 0) for step in range(3)]
+    model, losses = plain_sft(checkpoint, samples, orders, total_steps=3 * 40 // 16)
+    assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
+    ours = weights(tmp_path / "run")
+    for name, parameter in model.state_dict().items():
+        if name in ours:
+            torch.testing.assert_close(ours[name], parameter, rtol=1e-3, atol=2e-4)
+
+
+def test_drop_trains_on_the_shortened_rows_as_plain_sft_would(checkpoint, rows, tmp_path):
+    flags = ["--token-pruning", "drop", "--max-steps", "1", "--log-selection"]
+    metrics = run(checkpoint, rows, tmp_path / "drop", *flags)
+    by_id = {s.id: s for s in load_samples(rows, TextTokenizer.from_pretrained(checkpoint))[0]}
+    short = []
+    for name, tokens in kept_ids(tmp_path / "drop")[0]:
+        sample, digits = by_id[name], iter(tokens)
+        pairs = [
+            (token, label)
+            for token, label in zip(sample.input_ids, sample.labels, strict=True)
+            if label == -100 or next(digits) == "1"
+        ]
+        short.append(Sample(name, [token for token, _ in pairs], [label for _, label in pairs]))
+    assert sum(len(s.input_ids) for s in short) < sum(len(by_id[s.id].input_ids) for s in short)
+    model, losses = plain_sft(checkpoint, short, [range(len(short))], total_steps=3 * 40 // 16)
+    assert metrics[0]["loss"] == pytest.approx(losses[0], rel=1e-4)
+    ours = weights(tmp_path / "drop")
+    torch.testing.assert_close(ours["model.norm.weight"], model.state_dict()["model.norm.weight"], rtol=1e-3, atol=2e-4)
+
+
+def test_the_number_of_passes_changes_nothing(checkpoint, rows, tmp_path):
+    for name, tokens in (("many", "1"), ("one", "100000")):
+        run(checkpoint, rows, tmp_path / name, "--pass-tokens", tokens, "--max-steps", "3", "--log-selection")
+    assert kept_ids(tmp_path / "many") == kept_ids(tmp_path / "one")
+    assert_same_weights(tmp_path / "many", tmp_path / "one", rtol=1e-3, atol=2e-4)
+
+
+def test_the_run_makes_the_choices_of_prune_batch(checkpoint, rows, tmp_path):
+    run(checkpoint, rows, tmp_path / "run", "--max-steps", "1", "--log-selection", "--prune-batch", "8")
+    samples = load_samples(rows, TextTokenizer.from_pretrained(checkpoint))[0]
+    model = Transformer.from_pretrained(checkpoint)
+    order, kept = stream_order(40, 0, 16, 0), []
+    for start in (0, 8):
+        batch = [samples[i] for i in order[start : start + 8]]
+        width = max(len(s.input_ids) for s in batch)
+        ids = torch.tensor([s.input_ids + [0] * (width - len(s.input_ids)) for s in batch])
+        labels = torch.tensor([s.labels + [-100] * (width - len(s.labels)) for s in batch])[:, 1:]
+        with torch.no_grad():
+            nll, entropy = qtuning.token_nll_and_entropy(model(ids[:, :-1]), labels)
+        pruned = qtuning.prune_batch(nll, entropy, labels != -100, 0.5, 0.5)
+        for b in pruned.samples.keep.nonzero()[:, 0].tolist():
+            digits = "".join(str(int(kept)) for kept in pruned.token_mask[b][labels[b] != -100])
+            kept.append((batch[b].id, digits))
+    assert kept_ids(tmp_path / "run")[0] == kept
+
+
+def test_a_batch_without_a_labelled_token_has_loss_zero_and_zero_gradients(checkpoint):
+    model = Transformer.from_pretrained(checkpoint)
+    loss = train.TokenLoss(model)(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+
+
+def test_lora_runs_write_an_adapter_that_has_learnt(checkpoint, rows, tmp_path):
+    metrics = run(checkpoint, rows, tmp_path / "run", "--lora-rank", "2", "--sample-pruner", "none", "--epochs", "6")
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    model, tokens = Transformer.from_pretrained(checkpoint), torch.tensor([[5, 6, 7]])
+    before = model(tokens)
+    load_adapter(model, tmp_path / "run" / "adapter")
+    assert not torch.allclose(model(tokens), before, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_same_global_batch_on_more_ranks_keeps_the_same_samples_and_gives_the_same_weights(
+    checkpoint, rows, tmp_path, ranks
+):
+    # prune batches of 8 span two ranks; keeping 1 of 8 leaves some ranks nothing to train on
+    flags = ["--sample-keep-ratio", "0.125", "--prune-batch", "8", "--max-steps", "3", "--log-selection"]
+    alone = run(checkpoint, rows, tmp_path / "1", *flags, "--grad-accum", "4")
+    together = run(checkpoint, rows, tmp_path / "n", *flags, "--grad-accum", str(4 // ranks), ranks=ranks)
+    assert kept_ids(tmp_path / "1") == kept_ids(tmp_path / "n")
+    for a, b in zip(alone, together, strict=True):
+        for key in a.keys() - {"score_s", "train_s", "peak_mem_gib"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-3), key
+    assert_same_weights(tmp_path / "1", tmp_path / "n", rtol=1e-3, atol=2e-4)
+
+
+def test_random_pruners_draw_the_same_on_more_ranks(checkpoint, rows, tmp_path):
+    flags = ["--sample-pruner", "random", "--token-pruner", "random", "--max-steps", "2", "--log-selection"]
+    run(checkpoint, rows, tmp_path / "1", *flags)
+    run(checkpoint, rows, tmp_path / "2", *flags, "--grad-accum", "2", ranks=2)
+    assert kept_ids(tmp_path / "1") == kept_ids(tmp_path / "2")
+    run(checkpoint, rows, tmp_path / "other", *flags, "--seed", "1")
+    assert kept_ids(tmp_path / "1") != kept_ids(tmp_path / "other")
+
+
+# ----------------------------------------------------------------------------------------------- budgets
+
+
+@given(st.sampled_from([0.25, 0.5, 0.75, 1.0]), st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.data())
+@settings(max_examples=12)
+def test_every_pairing_meets_its_budget_in_every_step(checkpoint, rows, tmp_path_factory, samples, tokens, data):
+    sample_pruner = data.draw(st.sampled_from(["qtuning", "random", "none"]))
+    token_pruner = data.draw(st.sampled_from(["qtuning", "random", "none"]))
+    out = tmp_path_factory.mktemp("pair") / "run"
+    flags = ["--sample-pruner", sample_pruner, "--sample-keep-ratio", str(samples), "--max-steps", "1"]
+    flags += ["--token-pruner", token_pruner, "--token-keep-ratio", str(tokens), "--log-selection"]
+    (metrics,) = run(checkpoint, rows, out, *flags)
+    assert metrics["samples_seen"] == 16
+    assert metrics["samples_kept"] == (16 if sample_pruner == "none" else 4 * math.floor(samples * 4))
+    parts = sum(metrics[k] for k in ("kept_q2", "kept_q4", "backfilled_q2", "backfilled_q4"))
+    assert parts == (metrics["samples_kept"] if sample_pruner == "qtuning" else 0)
+    selected = json.loads((out / "selection.jsonl").read_text())["samples"]
+    for sample in selected:
+        if not sample["kept"]:
+            assert "tokens" not in sample
+        elif sample["trimmed"] and token_pruner != "none":
+            assert sample["tokens"].count("1") == max(1, math.floor(tokens * len(sample["tokens"]) + 1e-9))
+        else:
+            assert "0" not in sample["tokens"]
+    assert metrics["answer_tokens_kept"] == sum(s.get("tokens", "").count("1") for s in selected)
+
+
+@given(st.integers(1, 20), st.floats(0, 1), st.integers(0, 5))
+def test_random_pruners_keep_exactly_the_budget_and_follow_their_generator(num, ratio, seed):
+    def generator():
+        return torch.Generator().manual_seed(seed)
+
+    mask = torch.rand(3, num, generator=generator()) < 0.7
+    mask[:, 0] = True
+    tokens = random_tokens(mask, ratio, generator())
+    assert torch.equal(tokens, random_tokens(mask, ratio, generator()))
+    assert not (tokens & ~mask).any()
+    expected = [qtuning.num_tokens_to_keep(ratio, n) for n in mask.sum(-1).tolist()]
+    assert tokens.sum(-1).tolist() == expected
+    if math.floor(ratio * num + 1e-9) >= 1:
+        chosen = random_samples(num, ratio, generator())
+        assert chosen.keep.sum() == qtuning.num_samples_to_keep(ratio, num)
+        assert torch.equal(chosen.keep, random_samples(num, ratio, generator()).keep)
+        assert torch.equal(chosen.prune_tokens, chosen.keep)
+    assert every_sample(num).keep.all()
+
+
+def test_random_tokens_are_uniform_over_the_answer():
+    mask = torch.tensor([[False, True, True, True, True, False]])
+    draws = torch.stack([random_tokens(mask, 0.5, torch.Generator().manual_seed(i))[0] for i in range(2000)])
+    share = draws.float().mean(0)
+    assert share[[0, 5]].tolist() == [0, 0]
+    assert (share[1:5] - 0.5).abs().max() < 0.05
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=12), st.data())
+def test_pruned_rows_keep_the_prompt_and_exactly_the_chosen_answer_tokens(is_answer, data):
+    is_answer = [False, *is_answer]
+    ids = list(range(100, 100 + len(is_answer)))
+    sample = Sample("x", ids, [i if answer else -100 for i, answer in zip(ids, is_answer, strict=True)])
+    kept = torch.tensor([answer and data.draw(st.booleans()) for answer in is_answer[1:]])
+    chosen = [i for i, keep in zip(ids[1:], kept.tolist(), strict=True) if keep]
+    masked = train.pruned_sample(sample, kept, "mask")
+    assert masked.input_ids == ids
+    assert [label for label in masked.labels if label != -100] == chosen
+    dropped = train.pruned_sample(sample, kept, "drop")
+    assert dropped.input_ids == [i for i, answer in zip(ids, is_answer, strict=True) if not answer or i in chosen]
+    assert [label for label in dropped.labels if label != -100] == chosen
+    assert all(label in (-100, i) for i, label in zip(dropped.input_ids, dropped.labels, strict=True))
+    assert sample.input_ids == ids
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+def test_a_resumed_run_equals_one_that_was_never_cut(checkpoint, rows, tmp_path):
+    whole = run(checkpoint, rows, tmp_path / "whole", "--max-steps", "4", "--log-selection")
+    run(checkpoint, rows, tmp_path / "cut", "--max-steps", "2", "--log-selection")
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:  # a third step that no checkpoint covers, cut off
+        file.write('{"step": 3, "loss": 9.9}\n{"step": 4, "lo')
+    resumed = run(checkpoint, rows, tmp_path / "cut", "--max-steps", "4", "--log-selection", "--resume")
+    untimed = [{k: v for k, v in m.items() if not k.endswith(("_s", "_gib"))} for m in whole]
+    assert [{k: v for k, v in m.items() if not k.endswith(("_s", "_gib"))} for m in resumed] == untimed
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut", rtol=0, atol=0)
+    assert kept_ids(tmp_path / "whole") == kept_ids(tmp_path / "cut")
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(checkpoint, rows, tmp_path):
+    run(checkpoint, rows, tmp_path / "run", "--max-steps", "2")
+    (tmp_path / "run" / "checkpoint" / "state.pt").unlink()
+    metrics = run(checkpoint, rows, tmp_path / "run", "--max-steps", "2", "--resume")
+    assert [m["step"] for m in metrics] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------- wrong input
+
+
+def refused(capsys, *argv):
+    """The one line on stderr with which train.py refuses `argv`, exit status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(arg) for arg in argv])
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("train.py: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sample-keep-ratio", 1.5], "--sample-keep-ratio must be in [0, 1], got 1.5"),
+        (["--sample-keep-ratio", "nan"], "--sample-keep-ratio must be in [0, 1], got nan"),
+        (["--sample-keep-ratio", 0.1], "keeps none of 8 samples; the smallest batch that would do is 10"),
+        (["--token-keep-ratio", -0.1], "--token-keep-ratio must be in [0, 1], got -0.1"),
+        (["--smoothing", 2], "--smoothing must be in [0, 1], got 2.0"),
+        (["--prune-batch", 12], "--prune-batch must be a multiple of --micro-batch 8, at most the 32"),
+        (["--prune-batch", 64], "at most the 32 samples of a step, got 64"),
+        (["--epochs", 0.5], "0.5 epochs of 40 rows do not fill one step of 32 samples"),
+        (["--lr", 0], "--lr must be above 0, got 0.0"),
+        (["--micro-batch", 0], "--micro-batch must be at least 1, got 0"),
+        (["--template", "nonsense"], "nonsense"),
+        (["--resume"], "holds no run (no config.json)"),
+    ],
+)
+def test_unusable_settings_are_refused_in_one_line_and_leave_nothing_behind(
+    checkpoint, rows, tmp_path, capsys, flags, message
+):
+    out = tmp_path / "run"
+    assert message in refused(capsys, "--model", checkpoint, "--data", rows, "--out", out, *flags)
+    assert not out.exists()
+
+
+def test_bad_rows_are_refused_by_file_and_line_or_skipped_on_request(checkpoint, rows, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    lines = rows.read_text().splitlines()
+    bad.write_text("\n".join([*lines[:2], '{"instruction": "broken', *lines[2:]]) + "\n")
+    assert f"{bad}:3" in refused(capsys, "--model", checkpoint, "--data", bad, "--out", tmp_path / "a")
+    lines[1] = json.dumps({"instruction": "no answer?", "output": ""})
+    bad.write_text("\n".join(lines) + "\n")
+    assert f"{bad}:2" in refused(capsys, "--model", checkpoint, "--data", bad, "--out", tmp_path / "a")
+    run(checkpoint, bad, tmp_path / "b", "--skip-bad-rows", "--max-steps", "1")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["num_samples"] == 39
+
+
+def test_a_missing_model_or_data_file_is_refused_by_name(checkpoint, rows, tmp_path, capsys):
+    assert "nowhere" in refused(capsys, "--model", tmp_path / "nowhere", "--data", rows, "--out", tmp_path / "a")
+    assert "none.json" in refused(capsys, "--model", checkpoint, "--data", tmp_path / "none.json", "--out", tmp_path)
+    assert "--data is required with --model" in refused(capsys, "--model", checkpoint)
+
+
+def test_a_run_folder_is_not_overwritten_and_resumes_only_with_the_same_settings(checkpoint, rows, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(checkpoint, rows, out, "--max-steps", "1")
+    before = (out / "metrics.jsonl").read_text()
+    flags = ["--model", checkpoint, "--data", rows, "--out", out, "--lora-rank", 0, "--lr", 1e-2]
+    flags += ["--micro-batch", 4, "--sample-keep-ratio", 0.5]
+    assert "holds a run already; give --resume" in refused(capsys, *flags)
+    assert "has seed 0, got 1" in refused(capsys, *flags, "--resume", "--seed", 1)
+    assert "takes 16 samples a step, these settings take 8" in refused(capsys, *flags, "--resume", "--grad-accum", 2)
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+def test_a_diverged_run_ends_with_its_step_named(checkpoint, rows, tmp_path, capsys):
+    flags = ["--model", checkpoint, "--data", rows, "--lora-rank", 0, "--sample-pruner", "none", "--lr", 1e30]
+    message = refused(capsys, *flags, "--out", tmp_path / "run", "--micro-batch", 4)
+    assert "step 2: loss is" in message or "must be finite" in message

@@ -1,0 +1,602 @@
+"""Supervised fine-tuning with Q-Tuning: score, prune, train on what is left.
+
+    python train.py                                             the embedded default, on one device
+    python train.py --model DIR --data FILE --out runs/mine     a checkpoint and data of your own
+    torchrun --standalone --nproc_per_node=8 train.py ...       the same on 8 devices
+
+One optimizer step takes grad_accum micro-batches on each rank, scores them without gradients, lets every
+prune batch choose what it keeps, and trains on the kept samples in as few passes as fit. Micro-batch j of a
+step belongs to rank j mod world, and only the samples' scores travel, so that the same global batch keeps the
+same samples on any number of ranks. The loss of a step is the sum over its kept tokens on all ranks, divided
+by their number.
+
+The run folder: config.json, metrics.jsonl (one object a step; README.md explains each key), selection.jsonl on
+request, checkpoint/, and at the end model/ (full fine-tuning) or adapter/ (LoRA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import safetensors
+import tokenizers
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from baselines import every_sample, random_samples, random_tokens
+from data.sft import Sample, collate, length_batches, load_samples, stream_order
+from data.tokenizer import TextTokenizer
+from model import Transformer, add_lora, save_adapter
+from qtuning import (
+    IGNORE_INDEX,
+    Quadrant,
+    SamplePruning,
+    num_samples_to_keep,
+    prune_samples,
+    prune_tokens,
+    sample_entropy,
+    sample_perplexity,
+    token_nll_and_entropy,
+    token_perplexity,
+)
+
+HERE = Path(__file__).resolve().parent
+
+# --------------------------------------------------------------------------------------------- settings
+
+
+def flag(default, help: str, choices: tuple[str, ...] | None = None):
+    """A field of Config and the command-line flag that sets it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run. Each field is a flag; the defaults are the paper's (Table 7)."""
+
+    model: str | None = flag(None, "checkpoint folder in Hugging Face layout; none: the embedded default")
+    data: str | None = flag(None, "rows to train on, .json or .jsonl")
+    out: str = flag("runs/default", "run folder")
+    seed: int = flag(0, "of the order of rows, the LoRA weights and random pruners")
+    resume: bool = flag(False, "go on from the run folder's last checkpoint")
+
+    sample_pruner: str = flag("qtuning", "how samples are chosen", ("qtuning", "random", "none"))
+    token_pruner: str = flag("qtuning", "how their tokens are chosen", ("qtuning", "random", "none"))
+    sample_keep_ratio: float = flag(0.125, "r_sample: share of a prune batch's samples to keep, (0, 1]")
+    token_keep_ratio: float = flag(0.5, "r_token: share of a trimmed sample's answer tokens to keep, [0, 1]")
+    smoothing: float = flag(0.5, "lambda of Eq. 7: weight of a token's neighbours, [0, 1]")
+    reverse: bool = flag(False, "keep the tokens of the highest score: the ablation of Table 5")
+    token_pruning: str = flag("mask", "pruned tokens leave the loss, or the input too", ("mask", "drop"))
+    prune_batch: int | None = flag(None, "samples that compete: a multiple of --micro-batch; none: --micro-batch")
+
+    micro_batch: int = flag(8, "samples per device in each micro-batch")
+    grad_accum: int = flag(4, "micro-batches per device in each optimizer step")
+    pass_tokens: int | None = flag(None, "padded tokens of one forward pass; none: 2048 on cpu, 16384 on cuda")
+    epochs: float = flag(3.0, "passes over the rows; they set the length of the learning-rate schedule")
+    max_steps: int | None = flag(None, "stop after this many steps of that schedule")
+    lr: float = flag(1e-4, "peak learning rate, cosine to 0")
+    lora_rank: int = flag(8, "rank of the LoRA updates (alpha is twice that); 0: full fine-tuning")
+    max_length: int = flag(2048, "tokens of a row at most, the rest is cut")
+    template: str = flag("auto", "chat template; auto: the tokenizer's own, else 'default'")
+    device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "computing dtype; auto: bf16 on cuda, fp32 on cpu", ("auto", "bf16", "fp32"))
+    save_every: int = flag(500, "steps between checkpoints")
+    log_selection: bool = flag(False, "write selection.jsonl: each step's scores, quadrants and kept tokens")
+    skip_bad_rows: bool = flag(False, "count unusable rows and go on; otherwise the first one ends the run")
+
+    def __post_init__(self):
+        def check(name: str, ok: bool, expected: str):
+            if not ok:
+                raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(self, name)}")
+
+        for name in ("token_keep_ratio", "smoothing", "sample_keep_ratio"):
+            check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name in ("micro_batch", "grad_accum", "save_every"):
+            check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("prune_batch", "pass_tokens", "max_steps"):
+            check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        check("max_length", self.max_length >= 2, "at least 2")
+        check("lora_rank", self.lora_rank >= 0, "at least 0")
+        check("epochs", 0 < self.epochs < math.inf, "above 0")
+        check("lr", 0 < self.lr < math.inf, "above 0")
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            if choices:
+                check(field.name, getattr(self, field.name) in choices, f"one of {', '.join(choices)}")
+
+
+# The embedded default: without --model these take the place of Config's defaults. A model this small is tuned
+# whole, at a higher rate, on short rows.
+TINY = {
+    "model": str(HERE / "data" / "tiny" / "base"),
+    "data": str(HERE / "data" / "tiny" / "sft.json"),
+    "lora_rank": 0,
+    "lr": 1e-3,
+    "max_length": 512,
+}
+
+
+def resolve(cfg: Config) -> Config:
+    """Put what `auto` and the unset flags come to on this machine in their place."""
+    on_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    if on_cuda and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device")
+    return dataclasses.replace(
+        cfg,
+        device="cuda" if on_cuda else "cpu",
+        dtype=("bf16" if on_cuda else "fp32") if cfg.dtype == "auto" else cfg.dtype,
+        prune_batch=cfg.prune_batch or cfg.micro_batch,
+        pass_tokens=cfg.pass_tokens or (16_384 if on_cuda else 2_048),
+    )
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """The command line as a Config."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    types = {"int": int, "float": float, "str": str}
+    for field in dataclasses.fields(Config):
+        name, help = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
+        if field.type == "bool":
+            parser.add_argument(name, action="store_true", help=help)
+        else:
+            kind = types[field.type.removesuffix(" | None")]
+            choices, help = field.metadata["choices"], f"{help} [{field.default}]"
+            parser.add_argument(name, type=kind, default=field.default, choices=choices, help=help)
+    if parser.parse_args(argv).model is None:
+        parser.set_defaults(**TINY)
+    config = Config(**vars(parser.parse_args(argv)))
+    if config.data is None:
+        raise ValueError("--data is required with --model")
+    return config
+
+
+# ------------------------------------------------------------------------------------- scores and loss
+
+HEAD_ROWS = 512  # answer tokens whose logits exist at once: the head makes no (B, T, V) tensor
+
+
+@torch.no_grad()
+def score(model: Transformer, samples: list[Sample], pass_tokens: int, autocast) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL and predictive entropy of every answer token, with the current weights (choice C18).
+
+    Returns:
+        nll, token_entropy (N, T) float32 and loss_mask (N, T) bool on the CPU; T is the longest row less one,
+        since column t belongs to the token after input_ids[t].
+    """
+    model.eval()
+    shape = len(samples), max(len(s.input_ids) for s in samples) - 1
+    nll, entropy, loss_mask = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+    for rows in length_batches([len(s.input_ids) for s in samples], pass_tokens):
+        input_ids, labels = collate([samples[i] for i in rows], model.lm_head.weight.device)
+        trainable = labels != IGNORE_INDEX
+        with autocast:
+            hidden = model.hidden_states(input_ids)[trainable]  # (answer tokens, H)
+            chunks = zip(hidden.split(HEAD_ROWS), labels[trainable].split(HEAD_ROWS), strict=True)
+            parts = [token_nll_and_entropy(model.lm_head(h), y) for h, y in chunks]
+        width = labels.shape[1]
+        for table, values in zip((nll, entropy), zip(*parts, strict=True), strict=True):
+            block = torch.zeros(labels.shape, device=labels.device)
+            block[trainable] = torch.cat(values)
+            table[rows, :width] = block.cpu()
+        loss_mask[rows, :width] = trainable.cpu()
+    model.train()
+    return nll, entropy, loss_mask
+
+
+class TokenLoss(nn.Module):
+    """The summed NLL of the labelled tokens: what is differentiated, and what DDP wraps.
+
+    A batch without a labelled token gives 0 and zero gradients. The head's logits are made again in the
+    backward pass, HEAD_ROWS at a time, and not kept.
+    """
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        kept = labels != IGNORE_INDEX
+        hidden = self.model.hidden_states(input_ids)[kept]
+        chunks = zip(hidden.split(HEAD_ROWS), labels[kept].split(HEAD_ROWS), strict=True)
+        return sum(checkpoint(self.chunk_nll, h, y, use_reentrant=False) for h, y in chunks)
+
+    def chunk_nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.model.lm_head(hidden).float(), labels, reduction="sum")
+
+
+# ------------------------------------------------------------------------------------------- selection
+
+
+def seeded(*key: int) -> torch.Generator:
+    """A generator that depends on the key alone: the same draw on every rank, and after --resume."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def choose_samples(cfg: Config, step: int, num: int, ppl: Tensor | None, ent: Tensor | None) -> list[SamplePruning]:
+    """Stage 1 on each prune batch of the step's `num` samples, in order; ppl and ent (num,) if it needs them."""
+    size = cfg.prune_batch
+    chosen = []
+    for start in range(0, num, size):
+        part = slice(start, min(start + size, num))
+        if cfg.sample_pruner == "qtuning":
+            chosen.append(prune_samples(ppl[part], ent[part], cfg.sample_keep_ratio))
+        elif cfg.sample_pruner == "random":
+            generator = seeded(cfg.seed, step, start)
+            chosen.append(random_samples(part.stop - start, cfg.sample_keep_ratio, generator))
+        else:
+            chosen.append(every_sample(part.stop - start))
+    return chosen
+
+
+def choose_tokens(cfg: Config, step: int, position: int, nll: Tensor | None, loss_mask: Tensor) -> Tensor:
+    """Stage 2 for the sample at `position` of the step: the mask (1, T) of what a trimmed sample keeps."""
+    if cfg.token_pruner == "qtuning":
+        ppl = token_perplexity(nll)
+        return prune_tokens(ppl, loss_mask, cfg.token_keep_ratio, cfg.smoothing, reverse=cfg.reverse)
+    if cfg.token_pruner == "random":
+        return random_tokens(loss_mask, cfg.token_keep_ratio, seeded(cfg.seed, step, position, 1))
+    return loss_mask
+
+
+def pruned_sample(sample: Sample, kept: Tensor, token_pruning: str) -> Sample:
+    """The sample with only the answer tokens in `kept` (T,) left in the loss, or (drop) in the input at all.
+
+    Choice C13: `mask` leaves the context whole; `drop` shortens the row, and the loss is next-token prediction
+    on what remains.
+    """
+    keeps = [False, *kept.tolist()]  # column t of the mask is token t + 1
+    pairs = list(zip(sample.input_ids, sample.labels, keeps, strict=False))
+    if token_pruning == "drop":
+        pairs = [pair for pair in pairs if pair[1] == IGNORE_INDEX or pair[2]]
+    input_ids = [token for token, _, _ in pairs]
+    labels = [label if keep else IGNORE_INDEX for _, label, keep in pairs]
+    return dataclasses.replace(sample, input_ids=input_ids, labels=labels)
+
+
+def selection_counts(chosen: list[SamplePruning]) -> dict[str, int]:
+    """How many samples of a step each quadrant and the backfill gave; the keys of metrics.jsonl."""
+    keep, quadrant, backfilled, as_q2 = (
+        torch.cat([getattr(c, name) for c in chosen]) for name in ("keep", "quadrant", "backfilled", "prune_tokens")
+    )
+    counts = {
+        "samples_seen": torch.ones_like(keep),
+        "samples_kept": keep,
+        "kept_q2": quadrant == Quadrant.VALUABLE_MISCONCEPTION,
+        "kept_q4": quadrant == Quadrant.CALIBRATION_DATA,
+        "backfilled_q2": backfilled & as_q2,
+        "backfilled_q4": backfilled & ~as_q2,
+        "in_q1": quadrant == Quadrant.HARMFUL_NOISE,
+        "in_q3": quadrant == Quadrant.REDUNDANT_KNOWLEDGE,
+    }
+    return {name: int(mask.sum()) for name, mask in counts.items()}
+
+
+# ------------------------------------------------------------------------------------------ run folder
+
+
+def describe_run(cfg: Config, world: int, device: torch.device, samples: int) -> dict:
+    """config.json: everything that a reader needs to run it again."""
+
+    def git(*args: str) -> str | None:
+        result = subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    try:
+        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except FileNotFoundError:  # no git on this machine
+        commit, dirty = None, None
+    return {
+        **dataclasses.asdict(cfg),
+        "world_size": world,
+        "num_samples": samples,
+        "commit": commit,
+        "uncommitted_changes": dirty,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cpu cores",
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, numpy, safetensors, tokenizers)},
+        },
+    }
+
+
+def open_run(cfg: Config, description: dict) -> Path | None:
+    """Start the run folder, or find the checkpoint to go on from; only rank 0 writes.
+
+    Raises:
+        ValueError: the folder holds a run and --resume is not given, or the other way round, or the run there
+            was made with other settings.
+    """
+    out = Path(cfg.out)
+    config_file = out / "config.json"
+    if not config_file.exists():
+        if cfg.resume:
+            raise ValueError(f"--resume: {out} holds no run (no config.json)")
+        out.mkdir(parents=True, exist_ok=True)
+        write_aside(config_file, json.dumps(description, indent=2) + "\n")
+        return None
+    if not cfg.resume:
+        raise ValueError(f"--out {out} holds a run already; give --resume to go on with it, or another folder")
+    before = json.loads(config_file.read_text(encoding="utf-8"))
+    for key in ("num_samples", *(field.name for field in dataclasses.fields(Config))):
+        may_change = ("out", "resume", "max_steps", "save_every", "grad_accum", "pass_tokens")
+        if key not in may_change and before.get(key) != description[key]:
+            raise ValueError(f"--resume: the run in {out} has {key} {before.get(key)!r}, got {description[key]!r}")
+    ours, theirs = (d["micro_batch"] * d["grad_accum"] * d["world_size"] for d in (description, before))
+    if ours != theirs:
+        raise ValueError(f"--resume: the run in {out} takes {theirs} samples a step, these settings take {ours}")
+    checkpoint_file = out / "checkpoint" / "state.pt"
+    return checkpoint_file if checkpoint_file.exists() else None
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def cut_log(path: Path, last_step: int) -> None:
+    """Drop the lines after the checkpoint's step; the resumed run writes them again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without its end was cut off
+        write_aside(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last_step))
+
+
+def append_json(path: Path, value: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ loop
+
+
+def train(cfg: Config) -> None:
+    """Run what `cfg` says, under torchrun or alone."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cfg = resolve(cfg)
+    on_cuda, bf16 = cfg.device == "cuda", cfg.dtype == "bf16"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if on_cuda else "gloo")
+    autocast = torch.autocast(cfg.device, dtype=torch.bfloat16, enabled=bf16)
+
+    # Rows and schedule. The stream of reshuffled epochs is cut into global batches; less than one may be left over.
+    tokenizer = TextTokenizer.from_pretrained(cfg.model)
+    samples, skipped = load_samples(cfg.data, tokenizer, cfg.template, cfg.max_length, cfg.skip_bad_rows)
+    answer_lengths = [sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in samples]
+    global_batch = cfg.micro_batch * cfg.grad_accum * world
+    schedule_steps = int(cfg.epochs * len(samples)) // global_batch
+    if schedule_steps < 1:
+        raise ValueError(
+            f"{cfg.epochs} epochs of {len(samples)} rows do not fill one step of {global_batch} samples "
+            f"(--micro-batch {cfg.micro_batch} x --grad-accum {cfg.grad_accum} x {world} ranks)"
+        )
+    last_step = min(schedule_steps, cfg.max_steps or schedule_steps)
+    if cfg.prune_batch % cfg.micro_batch or cfg.prune_batch > global_batch:
+        raise ValueError(
+            f"--prune-batch must be a multiple of --micro-batch {cfg.micro_batch}, at most the {global_batch} "
+            f"samples of a step, got {cfg.prune_batch}"
+        )
+    if cfg.sample_pruner != "none":  # refuse a budget of no sample before anything is loaded or written
+        num_samples_to_keep(cfg.sample_keep_ratio, global_batch % cfg.prune_batch or cfg.prune_batch)
+
+    # Model and optimizer. Full fine-tuning keeps fp32 weights under autocast; LoRA puts fp32 adapters on a bf16 base.
+    base_dtype = torch.bfloat16 if bf16 and cfg.lora_rank else torch.float32
+    model = Transformer.from_pretrained(cfg.model, dtype=base_dtype, device=device)
+    torch.manual_seed(cfg.seed)
+    if cfg.lora_rank:
+        add_lora(model, cfg.lora_rank, alpha=2 * cfg.lora_rank)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
+
+    # Run folder and checkpoint. Rank 0 decides, so that no rank reads what another has just written.
+    found = [open_run(cfg, describe_run(cfg, world, device, len(samples))) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    out, first_step = Path(cfg.out), 1
+    if found[0]:
+        state = torch.load(found[0], map_location=device, weights_only=True)
+        for name, parameter in trainable.items():
+            parameter.data.copy_(state["trainable"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step = state["step"] + 1
+    if rank == 0:
+        for log in ("metrics.jsonl", "selection.jsonl"):
+            cut_log(out / log, first_step - 1)
+        print(f"{len(samples)} rows ({skipped} skipped); {last_step} steps of {global_batch}; {world} x {cfg.device}")
+
+    token_loss = TokenLoss(model)
+    if world > 1:
+        token_loss = DistributedDataParallel(token_loss, device_ids=[device] if on_cuda else None)
+    mine = [  # the places of a step's samples that belong to this rank: micro-batch j goes to rank j mod world
+        place
+        for j in range(rank, cfg.grad_accum * world, world)
+        for place in range(j * cfg.micro_batch, (j + 1) * cfg.micro_batch)
+    ]
+    on_terminal = sys.stderr.isatty()
+    steps = range(first_step, last_step + 1)
+    bar = tqdm(steps, desc="train", initial=first_step - 1, total=last_step, disable=rank > 0 or not on_terminal)
+    for step in bar:
+        started = time.perf_counter()
+        order = stream_order(len(samples), (step - 1) * global_batch, step * global_batch, cfg.seed)
+
+        # Stage 1. Every rank sees every sample's score, and so makes the same choice.
+        scored, nll, ppl, ent = [], None, None, None
+        if cfg.sample_pruner == "qtuning":
+            scored = mine
+            nll, entropy, loss_mask = score(model, [samples[order[i]] for i in scored], cfg.pass_tokens, autocast)
+            ppl = gather(sample_perplexity(nll, loss_mask), cfg, world, device)
+            ent = gather(sample_entropy(entropy, loss_mask), cfg, world, device)
+        chosen = choose_samples(cfg, step, global_batch, ppl, ent)
+        keep, trim = (torch.cat([getattr(c, name) for c in chosen]).tolist() for name in ("keep", "prune_tokens"))
+
+        # Stage 2, on this rank's kept samples.
+        kept_places = [place for place in mine if keep[place]]
+        if cfg.token_pruner == "qtuning" and nll is None and kept_places:
+            scored = kept_places
+            nll, _, _ = score(model, [samples[order[i]] for i in scored], cfg.pass_tokens, autocast)
+        kept_samples, kept_tokens = [], {}
+        for place in kept_places:
+            sample = samples[order[place]]
+            tokens = torch.tensor([sample.labels[1:]]) != IGNORE_INDEX  # (1, T)
+            if trim[place]:
+                row_nll = None if nll is None else nll[scored.index(place), None, : tokens.shape[1]]
+                tokens = choose_tokens(cfg, step, place, row_nll, tokens)
+            kept_samples.append(pruned_sample(sample, tokens[0], cfg.token_pruning))
+            kept_tokens[place] = tokens[0]
+        num_kept = int(reduce_sum(sum(int(tokens.sum()) for tokens in kept_tokens.values()), world, device))
+        selected = time.perf_counter()
+
+        # Train: the step's loss is the mean over the tokens kept on all ranks (choice C16).
+        lr = cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / schedule_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        passes = length_batches([len(s.input_ids) for s in kept_samples], cfg.pass_tokens)
+        batches = [[kept_samples[i] for i in rows] for rows in passes] or [[NOTHING]]
+        loss_sum = 0.0
+        for i, batch in enumerate(batches):
+            waits = world > 1 and i + 1 < len(batches)  # ranks exchange gradients once a step, on the last pass
+            with token_loss.no_sync() if waits else nullcontext():
+                with autocast:
+                    loss = token_loss(*collate(batch, device))
+                (loss * (world / num_kept)).backward()  # DDP takes the mean over ranks
+            loss_sum += loss.item()
+        grad_norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
+        loss_mean = reduce_sum(loss_sum, world, device) / num_kept
+        if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
+            raise ValueError(f"step {step}: loss is {loss_mean} and its gradient's norm {grad_norm}; try a lower --lr")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        if cfg.log_selection:
+            records = describe_selection(step, mine, order, samples, chosen, ppl, ent, kept_tokens)
+            gathered = [records]
+            if world > 1:
+                gathered = [None] * world if rank == 0 else None
+                dist.gather_object(records, gathered)
+            if rank == 0:
+                rows = sorted((record for part in gathered for record in part), key=lambda record: record["place"])
+                append_json(out / "selection.jsonl", {"step": step, "samples": rows})
+        if rank == 0:
+            metrics = {
+                "step": step,
+                "loss": loss_mean,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                **selection_counts(chosen),
+                "answer_tokens_seen": sum(answer_lengths[i] for i in order),
+                "answer_tokens_kept": num_kept,
+                "score_s": selected - started,
+                "train_s": time.perf_counter() - selected,
+                "peak_mem_gib": peak_mem_gib(device),
+            }
+            append_json(out / "metrics.jsonl", metrics)
+            line = {"loss": f"{loss_mean:.3f}", "kept": f"{metrics['samples_kept']}/{global_batch}", "tokens": num_kept}
+            bar.set_postfix(line)
+            if not on_terminal:
+                print(f"step {step}/{last_step}", *(f"{name} {value}" for name, value in line.items()), flush=True)
+            if step % cfg.save_every == 0 or step == last_step:
+                save_checkpoint(out, step, trainable, optimizer)
+    if rank == 0:
+        if cfg.lora_rank:
+            save_adapter(model, out / "adapter")
+        else:
+            model.save_pretrained(out / "model")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+NOTHING = Sample(id="", input_ids=[0, 0], labels=[IGNORE_INDEX, IGNORE_INDEX])  # a rank that keeps none trains on this
+
+
+def gather(local: Tensor, cfg: Config, world: int, device: torch.device) -> Tensor:
+    """This rank's samples' scores (grad_accum * micro_batch,) -> the whole step's, in the step's order, on the CPU."""
+    if world == 1:
+        return local
+    parts = [torch.empty_like(local, device=device) for _ in range(world)]
+    dist.all_gather(parts, local.to(device))
+    by_rank = torch.stack(parts).view(world, cfg.grad_accum, cfg.micro_batch)
+    return by_rank.transpose(0, 1).flatten().cpu()
+
+
+def reduce_sum(value: float, world: int, device: torch.device) -> float:
+    """Sum of a number over all ranks."""
+    if world == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def describe_selection(step, places, order, samples, chosen, ppl, ent, kept_tokens) -> list[dict]:
+    """selection.jsonl: what was decided about each of these samples, and why."""
+    names = ("quadrant", "keep", "backfilled", "prune_tokens")
+    quadrant, keep, backfilled, trimmed = (torch.cat([getattr(c, name) for c in chosen]).tolist() for name in names)
+    records = []
+    for place in places:
+        sample = samples[order[place]]
+        record = {"place": place, "id": sample.id, "quadrant": quadrant[place], "kept": keep[place]}
+        record |= {"backfilled": backfilled[place], "trimmed": trimmed[place]}
+        if ppl is not None:
+            record |= {"ppl": ppl[place].item(), "ent": ent[place].item()}
+        if keep[place]:  # one digit for each answer token in order, 1 = in the loss
+            answer = torch.tensor(sample.labels[1:]) != IGNORE_INDEX
+            record["tokens"] = "".join(str(int(kept)) for kept in kept_tokens[place][answer])
+        records.append(record)
+    return records
+
+
+def save_checkpoint(out: Path, step: int, trainable: dict[str, nn.Parameter], optimizer) -> None:
+    """What --resume needs: the weights that train, the optimizer, and how many steps are done."""
+    folder = out / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    weights = {name: parameter.detach() for name, parameter in trainable.items()}
+    state = {"step": step, "trainable": weights, "optimizer": optimizer.state_dict()}
+    torch.save(state, folder / "state.pt.tmp")
+    os.replace(folder / "state.pt.tmp", folder / "state.pt")
+
+
+def peak_mem_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated on a GPU; resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        train(parse_config(argv))
+    except (ValueError, OSError) as error:  # wrong input; every rank meets the same, one of them says so
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
