@@ -226,7 +226,9 @@ class Transformer(nn.Module):
         layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "embed_tokens": nn.Embedding.from_pretrained(  # which, unlike nn.Embedding, draws no weights of its own
+                    torch.empty(config.vocab_size, config.hidden_size), freeze=False
+                ),
                 "layers": layers,
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
@@ -235,7 +237,7 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
         for parameter in self.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=0.02)
 
     def hidden_states(

@@ -391,7 +391,8 @@ def num_samples_to_keep(sample_keep_ratio: float, num_samples: int) -> int:
     _check_fraction("sample_keep_ratio", sample_keep_ratio)
     num_keep = math.floor(sample_keep_ratio * num_samples + ROUNDING)
     if num_keep < 1:
-        smallest = math.ceil(1 / sample_keep_ratio - ROUNDING) if sample_keep_ratio else "of no size"
+        smallest = 1 / sample_keep_ratio if sample_keep_ratio else math.inf
+        smallest = smallest if math.isinf(smallest) else math.ceil(smallest - ROUNDING)
         raise ValueError(
             f"sample_keep_ratio {sample_keep_ratio} keeps none of {num_samples} samples; "
             f"the smallest batch that would do is {smallest}"
