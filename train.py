@@ -428,7 +428,11 @@ def train(cfg: Config) -> None:
     if rank == 0:
         for log in ("metrics.jsonl", "selection.jsonl"):
             cut_log(out / log, first_step - 1)
-        print(f"{len(samples)} rows ({skipped} skipped); {last_step} steps of {global_batch}; {world} x {cfg.device}")
+        print(f"{len(samples)} rows ({skipped} skipped), {last_step} steps of {global_batch}, {world} x {cfg.device}")
+        context = model.config.max_position_embeddings
+        too_long = sum(len(sample.input_ids) > context for sample in samples)
+        if too_long:
+            print(f"warning: {too_long} rows pass the model's context; --max-length {context} would cut them")
 
     token_loss = TokenLoss(model)
     if world > 1:

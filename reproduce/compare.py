@@ -26,10 +26,10 @@ METHODS = {  # name -> flags of train.py
     "Q-Tuning, whole answers": ["--token-pruner", "none"],
     "Q-Tuning, reversed": ["--reverse"],
 }
-MEASURES = {
-    "ARC form %": lambda s: s["arc"]["score"],
-    "GSM8K form %": lambda s: s["gsm8k"]["score"],
-    "held-out loss": lambda s: s["heldout_loss"],
+MEASURES = {  # name -> where it stands in a run's scores, decimals to show
+    "ARC form %": (lambda s: s["arc"]["score"], 1),
+    "GSM8K form %": (lambda s: s["gsm8k"]["score"], 1),
+    "held-out loss": (lambda s: s["heldout_loss"], 3),
 }
 
 
@@ -58,14 +58,14 @@ def table(results: dict) -> str:
     head = ["method", "samples kept", "answer tokens kept", *MEASURES]
     before = results["before"]
     rows = [head, ["---"] * len(head)]
-    rows.append(["before tuning", "", "", *(f"{measure(before):.2f}" for measure in MEASURES.values())])
+    rows.append(["before tuning", "", "", *(f"{measure(before):.{digits}f}" for measure, digits in MEASURES.values())])
     for name, runs in results["methods"].items():
         shares = [statistics.mean(run[key] for run in runs) for key in ("samples_kept", "answer_tokens_kept")]
         kept = [f"{100 * share:.1f} %" for share in shares]
         cells = []
-        for measure in MEASURES.values():
-            values = [measure(r) for r in runs]
-            cells.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
+        for measure, digits in MEASURES.values():
+            values = [measure(run) for run in runs]
+            cells.append(f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}")
         rows.append([name, *kept, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -18,37 +18,9 @@ import train
 from baselines import every_sample, random_samples, random_tokens
 from data.sft import Sample, load_samples, stream_order
 from data.tokenizer import TextTokenizer
-from model import ModelConfig, Transformer, load_adapter
+from model import Transformer, load_adapter
 
 ROOT = Path(train.__file__).parent
-BASE = ROOT / "data" / "tiny" / "base"
-COLOURS = ["red", "green", "blue", "black", "white"]
-PLACES = ["near the river", "in the big town", "on the hill", "by the old mill, far from the sea"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A small model of random weights, with the embedded tokenizer."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    vocab = json.loads((BASE / "config.json").read_text())["vocab_size"]
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 128}
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=vocab, tie_word_embeddings=True, **heads, **sizes))
-    model.source = BASE
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    texts = [
-        {"id": f"r{i}", "instruction": f"What is number {i}?", "output": f"It is {COLOURS[i % 5]} {PLACES[i % 4]}."}
-        for i in range(40)
-    ]
-    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    return path
 
 
 def run(checkpoint, rows, out, *flags, ranks=1):
