@@ -132,7 +132,7 @@ def thresholds_at(ppl: Tensor, ent: Tensor, alpha: float, beta: float) -> Thresh
 
     Args:
         ppl, ent:    (B,) float.
-        alpha, beta: in [0, 1]; below 0.5 for the low and the high side not to overlap.
+        alpha, beta: in [0, 1]; at most 0.5 for the low and the high side not to overlap.
     """
     _check_plane(ppl, ent)
     _check_fraction("alpha", alpha)
@@ -176,7 +176,7 @@ def bisect_thresholds(
     Args:
         ppl, ent:  (B,) float.
         num_keep:  the target, r_sample * B rounded down.
-        upper:     the search interval is [0, upper]; below 0.5, so that no sample is both low and high.
+        upper:     the search interval is [0, upper]; at most 0.5, where the low side meets the high side.
         max_iters: halvings; the default ends with a bracket of 5e-7, far below 1/B of any mini-batch.
     Returns:
         Thresholds at the lower end of the last bracket: they keep at most num_keep samples.
@@ -185,8 +185,8 @@ def bisect_thresholds(
         the last midpoint may keep too many; alpha and beta start alike and so move in lockstep.
     """
     _check_plane(ppl, ent)
-    if not 0 <= upper < 0.5:
-        raise ValueError(f"upper must be in [0, 0.5), got {upper}")
+    if not 0 <= upper <= 0.5:
+        raise ValueError(f"upper must be in [0, 0.5], got {upper}")
     low, high = 0.0, upper  # alpha_low = beta_low, alpha_high = beta_high
     for _ in range(max_iters):
         alpha = (low + high) / 2

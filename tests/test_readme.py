@@ -1,0 +1,55 @@
+"""README.md says what is true: its commands, flags, files, tests, metric keys and numbers."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import train
+from reproduce import compare, quickstart
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "reproduce" / "results"
+
+
+def test_ci_runs_the_two_commands_word_for_word():
+    commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("python3")] == commands
+
+
+def test_the_files_it_links_exist():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert "qtuning.py" in links
+    assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
+
+
+def test_the_flags_it_names_exist():
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(train.Config)}
+    elsewhere = {"--adapter", "--nproc_per_node", "--standalone"}
+    assert set(re.findall(r"--[a-z][a-z_-]+", README)) - flags - elsewhere == set()
+
+
+def test_every_choice_has_its_row_and_every_row_a_test_that_exists():
+    rows = re.findall(r"^\| (C\d+) \|.*\| `(test_\w+)` \|$", README, re.MULTILINE)
+    assert [name for name, _ in rows] == [f"C{i}" for i in range(1, 19)]
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert [test for _, test in rows if f"def {test}(" not in tests] == []
+
+
+def test_every_metric_is_in_the_glossary():
+    source = Path(train.__file__).read_text(encoding="utf-8")
+    block = source[source.index("            metrics = {") : source.index('append_json(out / "metrics.jsonl"')]
+    counts = source[source.index("    counts = {") : source.index("    return {name: int(mask.sum())")]
+    keys = re.findall(r'^ +"(\w+)":', block + counts, re.MULTILINE)
+    assert len(keys) == 17
+    glossary = README[README.index("`metrics.jsonl` holds") : README.index("`selection.jsonl` (")]
+    assert [key for key in keys if f"`{key}`" not in glossary] == []
+
+
+def test_its_tables_are_those_of_the_committed_results():
+    tables = dict(re.findall(r"<!-- (\w+) -->\n(?:```text\n)?(.*?)\n(?:```|\n)", README, re.DOTALL))
+    shown = json.loads((RESULTS / "quickstart.json").read_text())
+    assert tables["quickstart"].strip() == quickstart.report(shown).strip()
+    assert tables["compare"].strip() == compare.table(json.loads((RESULTS / "default.json").read_text())).strip()
