@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import train
-from reproduce.quickstart import read_jsonl, scores
+from reproduce.quickstart import machine, read_jsonl, scores
 
 METHODS = {  # name -> flags of train.py
     "full data": ["--sample-pruner", "none", "--token-pruner", "none"],
@@ -86,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
                 stem = name.replace(",", "").replace(" ", "-").lower()
                 folders = [args.runs / f"{stem}-{seed}" for seed in range(args.seeds)]
                 results["methods"][name] = [run_one(f, method, seed) for seed, f in enumerate(folders)]
-            ran = json.loads((folders[-1] / "config.json").read_text(encoding="utf-8"))
-            results["machine"] = {key: ran[key] for key in ("device_name", "world_size", "commit", "versions")}
+            results["machine"] = machine(folders[-1])
             args.out.parent.mkdir(parents=True, exist_ok=True)
             train.write_aside(args.out, json.dumps(results, indent=1) + "\n")
         print(table(json.loads(args.out.read_text(encoding="utf-8"))))

@@ -66,6 +66,12 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def machine(run: Path) -> dict:
+    """What a run was made with."""
+    ran = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return {key: ran[key] for key in ("device_name", "world_size", "commit", "versions")}
+
+
 def plants_by_quadrant(selection: list[dict], kind_of: dict[str, str]) -> dict[str, Counter]:
     """For each planted kind: how often its samples were seen, in each quadrant, and kept."""
     table = {kind: Counter() for kind in KINDS}
@@ -188,6 +194,7 @@ def run(out: Path, seed: int) -> dict:
         "trimmed_boilerplate": trimmed_boilerplate(selection, rows, samples, tokenizer),
         "before": before,
         "after": after,
+        "machine": machine(out),
     }
 
 
