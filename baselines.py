@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtuning import Quadrant, SamplePruning, num_samples_to_keep, num_tokens_to_keep
+from qtuning import Quadrant, SamplePruning, keep_lowest, num_samples_to_keep
 
 
 def random_samples(num_samples: int, sample_keep_ratio: float, generator: torch.Generator) -> SamplePruning:
@@ -51,7 +51,5 @@ def random_tokens(loss_mask: Tensor, token_keep_ratio: float, generator: torch.G
         (B, T) bool, a subset of loss_mask with exactly the budget of `qtuning.prune_tokens` in every row.
     Source: "Random" of the paper's tables (Sec. B.3: "exclusively to the answers").
     """
-    draw = torch.rand(loss_mask.shape, generator=generator).to(loss_mask.device).masked_fill(~loss_mask, 2.0)
-    rank = draw.argsort(dim=-1).argsort(dim=-1)
-    num_keep = [num_tokens_to_keep(token_keep_ratio, n) for n in loss_mask.sum(dim=-1).tolist()]
-    return loss_mask & (rank < torch.tensor(num_keep, device=rank.device)[:, None])
+    draw = torch.rand(loss_mask.shape, generator=generator).to(loss_mask.device)
+    return keep_lowest(draw, loss_mask, token_keep_ratio)

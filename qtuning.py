@@ -314,10 +314,13 @@ def prune_tokens(
         PPL are removed"), though line 29 reads "keep top". C11: |T(x)| counts answer tokens only; ties go by
         position, the earlier token stays.
     """
-    _check_fraction("token_keep_ratio", token_keep_ratio)
     score = smoothed_token_score(token_ppl, loss_mask, smoothing)
-    score = (-score if reverse else score).masked_fill(~loss_mask, math.inf)
-    rank = score.argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 = kept first
+    return keep_lowest(-score if reverse else score, loss_mask, token_keep_ratio)
+
+
+def keep_lowest(score: Tensor, loss_mask: Tensor, token_keep_ratio: float) -> Tensor:
+    """The budgeted number of lowest-scored answer tokens in each row, (B, T) bool; ties go to the earlier token."""
+    rank = score.masked_fill(~loss_mask, math.inf).argsort(dim=-1, stable=True).argsort(dim=-1)  # 0 = kept first
     num_keep = [num_tokens_to_keep(token_keep_ratio, n) for n in loss_mask.sum(dim=-1).tolist()]
     return loss_mask & (rank < torch.tensor(num_keep, device=rank.device)[:, None])
 
@@ -402,6 +405,7 @@ def num_samples_to_keep(sample_keep_ratio: float, num_samples: int) -> int:
 
 def num_tokens_to_keep(token_keep_ratio: float, num_tokens: int) -> int:
     """max(1, floor(r_token * |T(x)|)), after Eq. (2): a kept sample never loses its last token (choice C11)."""
+    _check_fraction("token_keep_ratio", token_keep_ratio)
     return max(1, math.floor(token_keep_ratio * num_tokens + ROUNDING))
 
 

@@ -1,6 +1,7 @@
 """What a run selected: where kept samples came from, at its own prune batch and at others, and how PPL and Ent relate.
 
     python -m reproduce.selection RUN [--prune-batch 8 32] [--out FILE.json]
+    python -m reproduce.selection --table FILE.json ...             print result files as a table
 
 RUN is the folder of a Q-Tuning run with --log-selection. The samples, scores and order are those of the run; the
 choice of samples is made again for each size. (The weights are the run's own: another size would have trained others.)
@@ -66,23 +67,37 @@ def describe(run: Path, sizes: list[int]) -> dict:
     }
 
 
+def table(results: list[dict]) -> str:
+    """One Markdown row for each run and prune batch: shares of the kept samples by source."""
+    head = ["model, rows, steps", "rank correlation", "prune batch", "Q2", "Q4", "backfill, trimmed", "backfill, whole"]
+    rows = [[*head, "batches backfilled"], ["---"] * (len(head) + 1)]
+    for result in results:
+        run = f"{result['model']}, {result['data']}, {result['steps']}"
+        for size, shares in result["sources"].items():
+            cells = [f"{100 * shares[name]:.0f} %" for name in (*SOURCES, "batches_backfilled")]
+            rows.append([run, f"{result['ppl_ent_rank_correlation']:.2f}", size, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="reproduce.selection", description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=Path, nargs="?", help="run folder")
     parser.add_argument("--prune-batch", type=int, nargs="+", default=[8, 32], help="sizes to choose samples at")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
+    parser.add_argument("--table", type=Path, nargs="+", default=[], help="result files to print instead")
     args = parser.parse_args(argv)
+    if (args.run is None) == (not args.table):
+        parser.error("expected a run folder or --table with result files")
     try:
-        result = describe(args.run, args.prune_batch)
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in args.table]
+        if args.run is not None:
+            results = [describe(args.run, args.prune_batch)]
+            if args.out:
+                train.write_aside(args.out, json.dumps(results[0], indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)
-    if args.out:
-        train.write_aside(args.out, json.dumps(result, indent=1) + "\n")
-    correlation = result["ppl_ent_rank_correlation"]
-    print(f"{result['data']}: {result['steps']} steps, rank correlation of PPL and Ent {correlation:.2f}")
-    for size, shares in result["sources"].items():
-        print(f"  prune batch {size:>3}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import train
-from reproduce import compare, quickstart
+from reproduce import compare, quickstart, selection
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def test_the_files_it_links_exist():
 
 def test_the_flags_it_names_exist():
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(train.Config)}
-    elsewhere = {"--adapter", "--nproc_per_node", "--standalone"}
+    elsewhere = {"--help", "--adapter", "--nproc_per_node", "--standalone"}
     assert set(re.findall(r"--[a-z][a-z_-]+", README)) - flags - elsewhere == set()
 
 
@@ -49,7 +49,9 @@ def test_every_metric_is_in_the_glossary():
 
 
 def test_its_tables_are_those_of_the_committed_results():
-    tables = dict(re.findall(r"<!-- (\w+) -->\n(?:```text\n)?(.*?)\n(?:```|\n)", README, re.DOTALL))
+    tables = dict(re.findall(r"<!-- (\w+) -->\n(?:```text\n)?(.*?)(?:\n```)?\n<!-- end -->", README, re.DOTALL))
     shown = json.loads((RESULTS / "quickstart.json").read_text())
     assert tables["quickstart"].strip() == quickstart.report(shown).strip()
     assert tables["compare"].strip() == compare.table(json.loads((RESULTS / "default.json").read_text())).strip()
+    runs = [json.loads((RESULTS / f"smollm2_{data}.json").read_text()) for data in ("gsm8k", "alpaca")]
+    assert tables["smollm2"].strip() == selection.table(runs).strip()
