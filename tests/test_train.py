@@ -136,6 +136,16 @@ def test_the_run_makes_the_choices_of_prune_batch(checkpoint, rows, tmp_path):
     assert kept_ids(tmp_path / "run")[0] == kept
 
 
+def test_the_seed_alone_sets_the_order_of_rows(checkpoint, rows, tmp_path):
+    seen = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        run(checkpoint, rows, tmp_path / name, "--max-steps", "2", "--seed", seed, "--log-selection")
+        steps = (tmp_path / name / "selection.jsonl").read_text().splitlines()
+        seen.append([sample["id"] for step in steps for sample in json.loads(step)["samples"]])
+    assert seen[0] == seen[1] != seen[2]
+    assert len(set(seen[0])) == 32  # two steps of the 40 rows: no row twice within an epoch
+
+
 def test_a_batch_without_a_labelled_token_has_loss_zero_and_zero_gradients(checkpoint):
     model = Transformer.from_pretrained(checkpoint)
     loss = train.TokenLoss(model)(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -100))
