@@ -63,8 +63,10 @@ def token_nll_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} must be labels' shape {tuple(labels.shape)} and a vocabulary")
     trainable = labels != IGNORE_INDEX
-    if bool((trainable & ((labels < 0) | (labels >= logits.shape[-1]))).any()):
-        raise ValueError(f"labels must be in [0, {logits.shape[-1]}) or {IGNORE_INDEX}, got {labels.tolist()}")
+    outside = trainable & ((labels < 0) | (labels >= logits.shape[-1]))
+    if bool(outside.any()):
+        at, got = outside.nonzero()[0].tolist(), labels[outside][0].item()
+        raise ValueError(f"labels must be in [0, {logits.shape[-1]}) or {IGNORE_INDEX}, got {got} at {at}")
     log_p = logits.float().log_softmax(dim=-1)
     nll = -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
@@ -109,6 +111,8 @@ def quantile(values: Tensor, gamma: float) -> Tensor:
     Source: Sec. 3.2. Choice C4: one of the values, no interpolation; gamma = 0 gives the smallest.
     """
     _check_fraction("gamma", gamma)
+    if values.dim() != 1 or len(values) == 0:
+        raise ValueError(f"values must be (N,), N >= 1, got {tuple(values.shape)}")
     rank = math.ceil(gamma * len(values) - ROUNDING)
     return values.sort().values[max(rank, 1) - 1]
 
@@ -187,6 +191,7 @@ def bisect_thresholds(
     _check_plane(ppl, ent)
     if not 0 <= upper <= 0.5:
         raise ValueError(f"upper must be in [0, 0.5], got {upper}")
+    ppl, ent = ppl.cpu(), ent.cpu()  # one copy from a GPU, not a wait in every halving
     low, high = 0.0, upper  # alpha_low = beta_low, alpha_high = beta_high
     for _ in range(max_iters):
         alpha = (low + high) / 2

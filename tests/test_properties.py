@@ -558,7 +558,9 @@ def test_sample_axes_of_different_shapes_are_refused():
 
 
 def test_labels_outside_the_vocabulary_and_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"\b5\b"):
+    with pytest.raises(ValueError, match=r"in \[0, 5\) or -100, got 7 at \[0, 1\]"):
+        qtuning.token_nll_and_entropy(torch.zeros(1, 2, 5), torch.tensor([[0, 7]]))
+    with pytest.raises(ValueError, match="got 5 at"):
         qtuning.token_nll_and_entropy(torch.zeros(1, 2, 5), torch.tensor([[0, 5]]))
     with pytest.raises(ValueError, match="-1"):
         qtuning.token_nll_and_entropy(torch.zeros(1, 2, 5), torch.tensor([[0, -1]]))
@@ -576,6 +578,11 @@ def test_a_search_interval_beyond_one_half_is_refused(upper):
 def test_a_quantile_outside_zero_to_one_is_refused(gamma):
     with pytest.raises(ValueError, match=str(gamma)):
         qtuning.quantile(torch.ones(3), gamma)
+
+
+def test_a_quantile_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"\(0,\)"):
+        qtuning.quantile(torch.ones(0), 0.5)
 
 
 # ---- devices ---------------------------------------------------------------------------------------------
