@@ -274,8 +274,9 @@ class Transformer(nn.Module):
     ) -> Transformer:
         """Load a Hugging Face folder: config.json and one .safetensors file or a sharded index.
 
-        The network is built on the meta device and takes each tensor as it is read, so that memory peaks
-        at one model plus one tensor. Strict: a missing, extra, truncated or misshapen tensor is an error.
+        The network is built on the meta device and takes each tensor as it is read from the memory-mapped
+        file, so that what is allocated peaks at one model plus one tensor.
+        Strict: a missing, extra, truncated or misshapen tensor is an error.
 
         Raises:
             FileNotFoundError: no such folder, config.json or weights.

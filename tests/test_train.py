@@ -265,12 +265,14 @@ def test_pruned_rows_keep_the_prompt_and_exactly_the_chosen_answer_tokens(is_ans
 # ---------------------------------------------------------------------------------------------- resuming
 
 
-def test_a_resumed_run_equals_one_that_was_never_cut(checkpoint, rows, tmp_path):
-    whole = run(checkpoint, rows, tmp_path / "whole", "--max-steps", "4", "--log-selection")
-    run(checkpoint, rows, tmp_path / "cut", "--max-steps", "2", "--log-selection")
+@pytest.mark.parametrize("pruner", ["qtuning", "random"])
+def test_a_resumed_run_equals_one_that_was_never_cut(checkpoint, rows, tmp_path, pruner):
+    flags = ["--log-selection", "--sample-pruner", pruner, "--token-pruner", pruner]
+    whole = run(checkpoint, rows, tmp_path / "whole", "--max-steps", "4", *flags)
+    run(checkpoint, rows, tmp_path / "cut", "--max-steps", "2", *flags)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:  # a third step that no checkpoint covers, cut off
         file.write('{"step": 3, "loss": 9.9}\n{"step": 4, "lo')
-    resumed = run(checkpoint, rows, tmp_path / "cut", "--max-steps", "4", "--log-selection", "--resume")
+    resumed = run(checkpoint, rows, tmp_path / "cut", "--max-steps", "4", *flags, "--resume")
     untimed = [{k: v for k, v in m.items() if not k.endswith(("_s", "_gib"))} for m in whole]
     assert [{k: v for k, v in m.items() if not k.endswith(("_s", "_gib"))} for m in resumed] == untimed
     assert_same_weights(tmp_path / "whole", tmp_path / "cut", rtol=0, atol=0)
