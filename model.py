@@ -1,4 +1,7 @@
-"""A LLaMA-family decoder in one file: the network, Hugging Face folders in and out, LoRA, generation.
+"""LLaMA-family decoders in one file: the network, Hugging Face folders in and out, LoRA, generation.
+
+Four families share the network and differ in a few lines: llama (2, 3, SmolLM2), mistral (attention through a
+sliding window), qwen2 (biases on queries, keys and values) and qwen3 (queries and keys normalised per head).
 
 Read it top to bottom: configuration, RMSNorm, rotary positions, attention, feed-forward, decoder,
 checkpoints, LoRA and PEFT's adapter layout, generation with a KV cache. Modules carry the names of
@@ -12,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,9 +28,24 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------- configuration
+
+
+# The families, and what transformers takes where a config.json of theirs is silent.
+FAMILIES = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
+}
+ROPE_SCALING = {  # the keys of each rope_type
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,9 +59,12 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    model_type: str = "llama"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", and the keys of ROPE_SCALING}
+    sliding_window: int | None = None  # a token sees itself and the window - 1 before it; None: all before it
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -50,52 +72,102 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: dict) -> ModelConfig:
         """Read a parsed config.json; ValueError names the key that is missing or asks for what we lack."""
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(
+                f"config.json: model_type {family!r} is not implemented; expected one of {', '.join(FAMILIES)}"
+            )
+        raw = {**FAMILIES[family], **raw}
 
-        def required(key: str) -> int:
-            if not isinstance(raw.get(key), int):
-                raise ValueError(f"config.json: {key!r} must be an integer, got {raw.get(key)!r}")
-            return raw[key]
+        def size(key: str, default: int | None = None) -> int:
+            return positive(key, default if raw.get(key) is None else raw[key], int)
 
-        if raw.get("model_type") != "llama":
-            raise ValueError(f"config.json: model_type {raw.get('model_type')!r} is not implemented; expected 'llama'")
-        only_value = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
+        window = size("sliding_window") if family == "mistral" and raw["sliding_window"] is not None else None
+        only_value = {
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0,
+            "partial_rotary_factor": 1,
+            "use_sliding_window": False,  # qwen's windows, on some layers only
+            "quantization_config": None,
+        }
+        if raw.get("layer_types"):  # written by transformers 5; ours are all of one kind
+            only_value["layer_types"] = ["sliding_attention" if window else "full_attention"] * len(raw["layer_types"])
         for key, value in only_value.items():
             if raw.get(key, value) != value:
                 raise ValueError(f"config.json: {key} = {raw[key]!r} is not implemented; expected {value!r}")
-        for key in ("rope_scaling", "quantization_config"):
-            if raw.get(key) is not None:
-                raise ValueError(f"config.json: {key} = {raw[key]!r} is not implemented; expected null")
-        rope = raw.get("rope_parameters") or {}  # the spelling of transformers 5
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not implemented; expected 'default'")
-
-        heads, hidden = required("num_attention_heads"), required("hidden_size")
-        kv_heads = raw.get("num_key_value_heads") or heads
+        heads, hidden = size("num_attention_heads"), size("hidden_size")
+        kv_heads = size("num_key_value_heads", heads)
         if heads % kv_heads:
             raise ValueError(f"config.json: {heads} attention heads do not share {kv_heads} key-value heads evenly")
+        if raw.get("head_dim") is None and hidden % heads:
+            raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of the {heads} attention heads")
+        head_dim = size("head_dim", hidden // heads)
+        if head_dim % 2:
+            raise ValueError(f"config.json: head_dim must be even for rotary positions, got {head_dim}")
+        rope_theta, rope_scaling = read_rope(raw)
         eos = raw.get("eos_token_id")
         return cls(
-            vocab_size=required("vocab_size"),
+            vocab_size=size("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=required("intermediate_size"),
-            num_hidden_layers=required("num_hidden_layers"),
+            intermediate_size=size("intermediate_size"),
+            num_hidden_layers=size("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+            head_dim=head_dim,
+            model_type=family,
+            max_position_embeddings=size("max_position_embeddings"),
+            rms_norm_eps=positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            sliding_window=window,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         )
 
     def to_dict(self) -> dict:
-        """The config.json that `from_dict` and transformers read back."""
+        """The config.json that `from_dict`, transformers and vLLM read back."""
         raw = asdict(self)
         eos = raw.pop("eos_token_ids")
         raw["eos_token_id"] = list(eos) if len(eos) > 1 else eos[0] if eos else None
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **raw}
+        if self.model_type != "mistral":
+            del raw["sliding_window"]
+        return {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu", **raw}
+
+
+def positive(name: str, value: object, *kinds: type) -> float:
+    """The value of a key of config.json, which must be a number above 0 (of the given kinds: int, float or both)."""
+    if type(value) not in (kinds or (int, float)) or not 0 < value < math.inf:
+        what = "integer" if kinds == (int,) else "number"
+        raise ValueError(f"config.json: {name} must be a positive {what}, got {value!r}")
+    return value
+
+
+def read_rope(raw: dict) -> tuple[float, dict | None]:
+    """rope_theta and rope_scaling of a config.json.
+
+    `rope_parameters` (transformers 5) holds both; before it rope_theta stood outside of `rope_scaling`, whose
+    rope_type was spelled `type` still earlier. Refused by name: other rope types, keys we do not know.
+    """
+    spellings = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
+    if len(spellings) == 2 and raw["rope_scaling"] != raw["rope_parameters"]:
+        raise ValueError("config.json: rope_scaling and rope_parameters are both there and differ; expected one")
+    where = spellings[0] if spellings else "rope_theta"
+    rope = dict(raw[where]) if spellings else {}
+
+    theta = float(positive("rope_theta", rope.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0))
+    old_spelling = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", old_spelling)
+    if rope_type not in ROPE_SCALING:
+        known = ", ".join(ROPE_SCALING)
+        raise ValueError(f"config.json: {where}: rope_type {rope_type!r} is not implemented; expected one of {known}")
+    scaling = {key: positive(f"{where}: {key}", rope.pop(key, None)) for key in ROPE_SCALING[rope_type]}
+    for key, value in rope.items():
+        if (key, value) != ("partial_rotary_factor", 1):
+            raise ValueError(f"config.json: {where}: {key} = {value!r} is not implemented for rope_type {rope_type!r}")
+    return theta, {"rope_type": rope_type, **scaling} if scaling else None
 
 
 # ------------------------------------------------------------------------------------------- network
@@ -115,13 +187,33 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles: (B, T) -> two (B, 1, T, d), fp32.
+def rotary_frequencies(cfg: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """The angle that a pair of a head turns by from one position to the next: (d/2,), fp32.
 
-    Angle i of position p is p * theta^(-2i/d); it turns the pair (x_i, x_{i+d/2}) of every head.
+    Pair i turns by theta^(-2i/d). Scaling stretches the positions of a model trained on shorter rows: `linear`
+    slows every pair down by `factor`; `llama3` only those that turn less than low_freq_factor times within the
+    original length, leaves those that turn more than high_freq_factor times, and blends in between.
     """
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids.float()[..., None] * theta**-exponent  # (B, T, d/2)
+    exponent = torch.arange(0, cfg.head_dim, 2, device=device, dtype=torch.float32) / cfg.head_dim
+    frequency = 1.0 / cfg.rope_theta**exponent
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return frequency
+    slowed = frequency / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slowed
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * slowed
+
+
+def rotary(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles: (B, T), (d/2,) -> two (B, 1, T, d), fp32.
+
+    At position p the pair (x_i, x_{i+d/2}) of every head is turned by p * frequencies[i].
+    """
+    angles = position_ids.float()[..., None] * frequencies  # (B, T, d/2)
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, d): the same for every head
     return angles.cos(), angles.sin()
 
@@ -130,6 +222,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each head's pairs (x_i, x_{i+d/2}) by their position's angle: (B, heads, T, d)."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def visible(position_ids: Tensor, slots: int, window: int | None) -> Tensor:
+    """Which of the slots 0..S-1 a token at each position attends to: (B, T) -> (B, 1, T, S) bool."""
+    distance = position_ids[:, None, :, None] - torch.arange(slots, device=position_ids.device)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
 
 
 class KVCache:
@@ -145,17 +244,23 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
 
-    def move_to(self, position_ids: Tensor) -> None:
-        """Say where the tokens of the coming forward pass stand, (B, T)."""
-        self.position_ids, self.slots = position_ids, int(position_ids.max()) + 1
-        self.seen = torch.arange(self.slots, device=position_ids.device) <= position_ids[:, None, :, None]
+    def move_to(self, position_ids: Tensor) -> int:
+        """Say where the tokens of the coming forward pass stand, (B, T); return how many slots are in use then.
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write k, v (B, heads, T, d); return all keys and values so far and who sees them (B, 1, T, slots)."""
+        Raises:
+            ValueError: a position has no slot.
+        """
+        self.position_ids, self.slots = position_ids, int(position_ids.max()) + 1
+        if self.slots > self.keys.shape[3]:
+            raise ValueError(f"position {self.slots - 1} does not fit: the cache has {self.keys.shape[3]} slots")
+        return self.slots
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, heads, T, d) of one layer; return all its keys and values so far."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.keys[layer][rows, :, self.position_ids] = k.transpose(1, 2)
         self.values[layer][rows, :, self.position_ids] = v.transpose(1, 2)
-        return self.keys[layer][:, :, : self.slots], self.values[layer][:, :, : self.slots], self.seen
+        return self.keys[layer][:, :, : self.slots], self.values[layer][:, :, : self.slots]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Let the other rows leave the batch."""
@@ -168,24 +273,32 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=False)
+        bias = cfg.model_type == "qwen2"
+        self.q_proj = nn.Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, bias=bias)
+        self.k_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=bias)
+        self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim, bias=bias)
         self.o_proj = nn.Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
+        self.normalised = cfg.model_type == "qwen3"
+        if self.normalised:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        B, T, _ = x.shape
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of (B, T, H), each (B, heads, T, d); queries and keys are turned."""
         q, k, v = (
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, d)
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            k, v, seen = cache.extend(self.layer, k, v)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        if self.normalised:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, cache: KVCache | None) -> Tensor:
+        q, k, v = self.qkv(x, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -211,8 +324,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = FeedForward(cfg)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -222,6 +335,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # keep only the layers' inputs for the backward pass; make the rest again
         self.source: Path | None = None  # the folder that from_pretrained read, whose tokenizer files travel on
         layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.model = nn.ModuleDict(
@@ -252,15 +366,40 @@ class Transformer(nn.Module):
             position_ids: (B, T) int64, rotary positions; 0..T-1 when not given.
             cache:        attend to earlier tokens too, and remember these.
         """
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta)
-        if cache is not None:
-            cache.move_to(position_ids)
-        x = self.model["embed_tokens"](input_ids)
+        x, *places = self._enter(input_ids, position_ids, cache)
         for layer in self.model["layers"]:
-            x = layer(x, cos, sin, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *places, use_reentrant=False)
+            else:
+                x = layer(x, *places)
         return self.model["norm"](x)
+
+    def _enter(self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> tuple:
+        """What every layer takes: embeddings (B, T, H), cos, sin, who sees whom (None: plain causal), the cache."""
+        order = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        position_ids = order if position_ids is None else position_ids
+        cos, sin = rotary(position_ids, rotary_frequencies(self.config, input_ids.device))
+        seen, window = None, self.config.sliding_window
+        if cache is not None:
+            seen = visible(position_ids, cache.move_to(position_ids), window)
+        elif window is not None and window < input_ids.shape[1]:
+            seen = visible(order[:1], input_ids.shape[1], window)
+        return self.model["embed_tokens"](input_ids), cos, sin, seen, cache
+
+    def queries_and_keys(self, input_ids: Tensor, layer: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+        """What the attention of one layer computes with, for those who study it.
+
+        Returns:
+            Queries (B, heads, T, d), keys (B, key-value heads, T, d), both turned to their positions, and the
+            normalised hidden states (B, T, H) that they were made from.
+        """
+        x, *places = self._enter(input_ids, None, None)
+        *before, last = self.model["layers"][: layer % len(self.model["layers"]) + 1]
+        for earlier in before:
+            x = earlier(x, *places)
+        x = last.input_layernorm(x)
+        q, k, _ = last.self_attn.qkv(x, *places[:2])
+        return q, k, x
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Next-token logits: (B, T) -> (B, T, V). Right padding needs no mask."""
@@ -276,15 +415,21 @@ class Transformer(nn.Module):
 
         The network is built on the meta device and takes each tensor as it is read from the memory-mapped
         file, so that what is allocated peaks at one model plus one tensor.
-        Strict: a missing, extra, truncated or misshapen tensor is an error.
+        Strict: a missing, extra, truncated or misshapen tensor is an error, as is one that is not in fp32, fp16
+        or bf16. Where there is a generation_config.json, its EOS ids end a generated text, not config.json's.
 
         Raises:
             FileNotFoundError: no such folder, config.json or weights.
             ValueError: what config.json asks for is not implemented, or the weights do not fit it.
         """
         folder = Path(folder)
+        raw = read_json(folder / "config.json")
+        if (folder / "generation_config.json").is_file():
+            raw["eos_token_id"] = read_json(folder / "generation_config.json").get(
+                "eos_token_id", raw.get("eos_token_id")
+            )
         try:
-            config = ModelConfig.from_dict(read_json(folder / "config.json"))
+            config = ModelConfig.from_dict(raw)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         with torch.device("meta"):
@@ -300,6 +445,8 @@ class Transformer(nn.Module):
             if tensor.shape != expected[name]:
                 want, got = tuple(expected[name]), tuple(tensor.shape)
                 raise ValueError(f"{folder}: tensor {name!r} must have shape {want} by config.json, got {got}")
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ValueError(f"{folder}: tensor {name!r} must be fp32, fp16 or bf16, got {tensor.dtype}")
             state[name] = tensor.to(device=device, dtype=dtype)
         if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
             embedding = state["model.embed_tokens.weight"]
@@ -314,24 +461,50 @@ class Transformer(nn.Module):
             model.lm_head.weight = model.model["embed_tokens"].weight  # one Parameter, not two of one storage
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors (LoRA merged, tied embeddings once), the tokenizer's files and config.json."""
-        state = {}
-        for name, tensor in self.state_dict().items():
-            if "lora_" in name or (name == "lm_head.weight" and self.config.tie_word_embeddings):
-                continue
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+        """Write the weights (LoRA merged, tied embeddings once), the tokenizer's files and config.json.
+
+        One model.safetensors, or shards of at most max_shard_bytes (or one tensor) and their index; one shard at
+        a time is held beside the model. Weights of an earlier save into the folder are replaced.
+        """
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if "lora_" not in name}
+        if self.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        shards, size = [[]], 0
+        for name, tensor in tensors.items():
+            size += tensor.nbytes
+            if size > max_shard_bytes and shards[-1]:
+                shards.append([])
+                size = tensor.nbytes
+            shards[-1].append(name)
+        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        files = files if len(files) > 1 else ["model.safetensors"]
+
+        def final(name: str) -> Tensor:
             owner = self.get_submodule(name.rpartition(".")[0])
-            weight = owner.merged_weight() if isinstance(owner, LoRALinear) else tensor
-            state[name] = weight.detach().cpu().contiguous()
-        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
+            merge = isinstance(owner, LoRALinear) and name.endswith(".weight")
+            return (owner.merged_weight() if merge else tensors[name]).detach().cpu().contiguous()
+
         with written_aside(folder) as new:
-            save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+            for file, names in zip(files, shards, strict=True):
+                save_file({name: final(name) for name in names}, new / file, metadata={"format": "pt"})
+            if len(files) > 1:
+                weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+                total = sum(tensor.nbytes for tensor in tensors.values())
+                write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             for name in TOKENIZER_FILES:
                 if self.source is not None and (self.source / name).is_file():
                     shutil.copyfile(self.source / name, new / name)
+            dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
             write_json(new / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
+            written = {file.name for file in new.iterdir()}
+        for file in Path(folder).iterdir():
+            if re.fullmatch(WEIGHT_FILES, file.name) and file.name not in written:
+                file.unlink()
 
 
+INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -343,14 +516,19 @@ TOKENIZER_FILES = (
 
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Each (name, tensor) of a folder's .safetensors files, one at a time."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: expected a 'weight_map' of tensor names to files, got {weight_map!r}")
+        files = sorted(set(weight_map.values()))
+    elif (folder / "model.safetensors").is_file():
+        files = ["model.safetensors"]
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         if len(files) != 1:
             raise FileNotFoundError(
-                f"{folder}: expected one .safetensors file or {index.name}, found {len(files)} .safetensors files"
+                f"{folder}: expected model.safetensors, {INDEX} or one other .safetensors file, found {len(files)}"
             )
     for file in files:
         try:
@@ -391,14 +569,15 @@ def written_aside(folder: str | Path) -> Iterator[Path]:
 class LoRALinear(nn.Linear):
     """A frozen linear layer plus a trained low-rank update: W x + (alpha / rank) B A x (Hu et al. 2021).
 
-    A (rank, in) starts Kaiming-uniform and B (out, rank) at zero, so that the update starts at zero.
-    Both are fp32 whatever the frozen weight is.
+    A (rank, in) starts Kaiming-uniform and B (out, rank) at zero, so that the update starts at zero. Both are
+    kept in fp32 whatever the frozen weight is, and computed with in the dtype of the input.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         with torch.device("meta"):
-            super().__init__(base.in_features, base.out_features, bias=False)
-        self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+            super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
+        for name, parameter in base.named_parameters():
+            setattr(self, name, nn.Parameter(parameter.detach(), requires_grad=False))
         self.scale = alpha / rank
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
@@ -406,9 +585,8 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return y + self.scale * update.to(y.dtype)
+        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + self.scale * update
 
     def merged_weight(self) -> Tensor:
         """W + (alpha / rank) B A, summed in fp32 and rounded once to W's dtype."""

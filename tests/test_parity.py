@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_model import lora_model, small_model
+from test_model import FAMILIES, lora_model, small_model
 
 from model import LoRALinear, Transformer, add_lora, generate, load_adapter, save_adapter
 
@@ -13,17 +13,20 @@ TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_transformers_loads_what_we_write_and_computes_the_same(tmp_path, tied):
-    ours = small_model(tie_word_embeddings=tied)
-    ours.save_pretrained(tmp_path)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_what_we_write_and_computes_the_same(tmp_path, family, tied):
+    ours = small_model(**FAMILIES[family], tie_word_embeddings=tied)
+    ours.save_pretrained(tmp_path, max_shard_bytes=9_000)
+    assert (tmp_path / "model.safetensors.index.json").exists()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
     continued = theirs.generate(TOKENS, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert generate(ours, TOKENS.tolist(), 6) == continued[:, TOKENS.shape[1] :].tolist()
 
 
-def test_we_load_what_transformers_writes(tmp_path):
-    small_model().save_pretrained(tmp_path / "a")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_we_load_what_transformers_writes(tmp_path, family):
+    small_model(**FAMILIES[family]).save_pretrained(tmp_path / "a")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
     theirs.save_pretrained(tmp_path / "b")
     ours = Transformer.from_pretrained(tmp_path / "b")
@@ -41,15 +44,16 @@ def test_gradients_equal_those_of_transformers(tmp_path):
         torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-6)
 
 
-def test_adapters_travel_to_peft_and_back(tmp_path):
-    small_model().save_pretrained(tmp_path / "base")
-    ours = lora_model()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_travel_to_peft_and_back(tmp_path, family):
+    small_model(**FAMILIES[family]).save_pretrained(tmp_path / "base")
+    ours = lora_model(**FAMILIES[family])
     save_adapter(ours, tmp_path / "ours")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
     torch.testing.assert_close(theirs(TOKENS).logits, ours(TOKENS), rtol=1e-5, atol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs")
-    again = load_adapter(small_model(), tmp_path / "theirs")
+    again = load_adapter(small_model(**FAMILIES[family]), tmp_path / "theirs")
     assert torch.equal(again(TOKENS), ours(TOKENS))
 
 
