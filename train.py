@@ -95,6 +95,7 @@ class Config:
     max_steps: int | None = flag(None, "stop after this many steps of that schedule")
     lr: float = flag(1e-4, "peak learning rate, cosine to 0")
     lora_rank: int = flag(8, "rank of the LoRA updates (alpha is twice that); 0: full fine-tuning")
+    activation_checkpointing: bool = flag(False, "keep only the layers' inputs for the backward pass: slower, smaller")
     max_length: int = flag(2048, "tokens of a row at most, the rest is cut")
     template: str = flag("auto", "chat template; auto: the tokenizer's own, else 'default'")
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
@@ -341,7 +342,15 @@ def open_run(cfg: Config, description: dict) -> Path | None:
         raise ValueError(f"--out {out} holds a run already; give --resume to go on with it, or another folder")
     before = json.loads(config_file.read_text(encoding="utf-8"))
     for key in ("num_samples", *(field.name for field in dataclasses.fields(Config))):
-        may_change = ("out", "resume", "max_steps", "save_every", "grad_accum", "pass_tokens")
+        may_change = (
+            "out",
+            "resume",
+            "max_steps",
+            "save_every",
+            "grad_accum",
+            "pass_tokens",
+            "activation_checkpointing",
+        )
         if key not in may_change and before.get(key) != description[key]:
             raise ValueError(f"--resume: the run in {out} has {key} {before.get(key)!r}, got {description[key]!r}")
     ours, theirs = (d["micro_batch"] * d["grad_accum"] * d["world_size"] for d in (description, before))
@@ -408,6 +417,7 @@ def train(cfg: Config) -> None:
     # Model and optimizer. Full fine-tuning keeps fp32 weights under autocast; LoRA puts fp32 adapters on a bf16 base.
     base_dtype = torch.bfloat16 if bf16 and cfg.lora_rank else torch.float32
     model = Transformer.from_pretrained(cfg.model, dtype=base_dtype, device=device)
+    model.activation_checkpointing = cfg.activation_checkpointing
     torch.manual_seed(cfg.seed)
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, alpha=2 * cfg.lora_rank)
