@@ -117,6 +117,30 @@ def test_the_number_of_passes_changes_nothing(checkpoint, rows, tmp_path):
     assert_same_weights(tmp_path / "many", tmp_path / "one", rtol=1e-3, atol=2e-4)
 
 
+def test_activation_checkpointing_changes_nothing(checkpoint, rows, tmp_path):
+    for name, flags in (("plain", []), ("again", ["--activation-checkpointing"])):
+        run(checkpoint, rows, tmp_path / name, *flags, "--max-steps", "2", "--log-selection")
+    assert kept_ids(tmp_path / "plain") == kept_ids(tmp_path / "again")
+    assert_same_weights(tmp_path / "plain", tmp_path / "again", rtol=0, atol=0)
+
+
+def test_no_pass_makes_logits_of_more_than_head_rows_tokens_nor_of_prompts(checkpoint, rows, tmp_path, monkeypatch):
+    load, seen = Transformer.from_pretrained, []
+
+    def load_and_watch(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.lm_head.register_forward_pre_hook(lambda head, inputs: seen.append((model.training, *inputs[0].shape)))
+        model.register_forward_pre_hook(lambda *_: pytest.fail("the forward that makes (B, T, V) logits was called"))
+        return model
+
+    monkeypatch.setattr(train.Transformer, "from_pretrained", load_and_watch)
+    monkeypatch.setattr(train, "HEAD_ROWS", 7)
+    [metrics] = run(checkpoint, rows, tmp_path / "run", "--max-steps", "1")
+    assert max(rows for _, rows, _ in seen) == 7
+    assert sum(rows for training, rows, _ in seen if not training) == metrics["answer_tokens_seen"]
+    assert sum(rows for training, rows, _ in seen if training) == 2 * metrics["answer_tokens_kept"]  # forward, backward
+
+
 def test_the_run_makes_the_choices_of_prune_batch(checkpoint, rows, tmp_path):
     run(checkpoint, rows, tmp_path / "run", "--max-steps", "1", "--log-selection", "--prune-batch", "8")
     samples = load_samples(rows, TextTokenizer.from_pretrained(checkpoint))[0]
