@@ -12,6 +12,7 @@ Shapes: B rows, T positions, H hidden size, V vocabulary, d head size, L layers,
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -701,11 +702,12 @@ def generate(
     eos_ids: tuple[int, ...] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    generators: list[torch.Generator] | None = None,
     batch_size: int = 32,
     progress: bool = False,
 ) -> list[list[int]]:
-    """Continue each prompt; greedy unless `temperature` is above 0. Batching does not change a row's text.
+    """Continue each prompt; greedy unless `temperature` is above 0. Batching does not change a row's text;
+    sampled ones need generators for that.
 
     Args:
         prompts:        token ids, each at least one token long; lengths may differ.
@@ -713,7 +715,7 @@ def generate(
         eos_ids:        a row ends with the first of these; the config's EOS when None, never when empty.
         stop:           called with a row's new ids after every token; True ends the row.
         temperature:    0 takes the most likely token, else tokens are drawn from softmax(logits / temperature).
-        generator:      the source of randomness when temperature > 0.
+        generators:     when temperature > 0: each prompt's source of randomness; torch's own, for all, when None.
         batch_size:     rows decoded together, shortest prompts first; a finished row leaves the batch.
     Returns:
         The new ids of each prompt, in the prompts' order, with the EOS that ended it (if one did).
@@ -731,11 +733,6 @@ def generate(
                 f"max_position_embeddings {limit}"
             )
 
-    def pick(logits: Tensor) -> Tensor:  # (rows, V) -> (rows,)
-        if temperature > 0:
-            return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        return logits.argmax(-1)
-
     def ended(new_ids: list[int]) -> bool:
         return new_ids[-1] in eos_ids or (stop is not None and stop(new_ids))
 
@@ -744,6 +741,8 @@ def generate(
     with tqdm(total=len(prompts), desc="generate", unit="row", disable=not progress) as bar:
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]
+            sources = None if generators is None else [generators[i] for i in rows]
+            pick = functools.partial(_next_tokens, temperature=temperature, generators=sources)
             new_ids = _continue_batch(model, [prompts[i] for i in rows], max_new_tokens, pick, ended)
             for i, row in zip(rows, new_ids, strict=True):
                 continued[i] = row
@@ -751,14 +750,27 @@ def generate(
     return continued
 
 
+def _next_tokens(
+    logits: Tensor, rows: list[int], temperature: float, generators: list[torch.Generator] | None
+) -> Tensor:
+    """One token for each of these rows of the batch: (rows, V) -> (rows,)."""
+    if temperature <= 0:
+        return logits.argmax(-1)
+    probabilities = (logits / temperature).softmax(-1)
+    if generators is None:
+        return torch.multinomial(probabilities, 1)[:, 0]
+    drawn = zip(probabilities, rows, strict=True)
+    return torch.cat([torch.multinomial(of_row, 1, generator=generators[row]) for of_row, row in drawn])
+
+
 def _continue_batch(
     model: Transformer,
     prompts: list[list[int]],
     max_new_tokens: int,
-    pick: Callable[[Tensor], Tensor],
+    pick: Callable[[Tensor, list[int]], Tensor],
     ended: Callable[[list[int]], bool],
 ) -> list[list[int]]:
-    """Decode prompts side by side: `pick` chooses the next token, `ended` takes a row out of the batch."""
+    """Decode prompts side by side: `pick` chooses the next tokens, `ended` takes a row out of the batch."""
     device = model.lm_head.weight.device
     new_ids: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # those still in the batch
@@ -770,7 +782,7 @@ def _continue_batch(
     last = lengths - 1  # the column of each row's last real token
     for _ in range(max_new_tokens):
         hidden = model.hidden_states(input_ids, position_ids, cache)
-        token = pick(model.lm_head(hidden[torch.arange(len(rows), device=device), last]).float())
+        token = pick(model.lm_head(hidden[torch.arange(len(rows), device=device), last]).float(), rows)
         for row, new_id in zip(rows, token.tolist(), strict=True):
             new_ids[row].append(new_id)
         stay = [j for j, row in enumerate(rows) if not ended(new_ids[row])]

@@ -292,11 +292,24 @@ def test_sampling_follows_its_generator_and_zero_temperature_is_greedy():
     model = small_model(1)
 
     def draw(seed, temperature):
-        return generate(model, [[1, 2]], 12, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+        return generate(model, [[1, 2]], 12, temperature=temperature, generators=[torch.Generator().manual_seed(seed)])
 
     assert draw(0, 2.0) == draw(0, 2.0)
     assert draw(0, 2.0) != draw(1, 2.0)
     assert draw(0, 1e-4) == draw(1, 0.0)
+
+
+def test_what_a_prompt_draws_does_not_depend_on_its_neighbours():
+    model, prompts = small_model(1, eos_token_ids=(3,)), [[1, 2], [4, 5, 6], [7], [4, 5, 6]]
+
+    def draw(prompts, seeds, batch_size):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return generate(model, prompts, 12, temperature=2.0, generators=generators, batch_size=batch_size)
+
+    alone = [draw([prompt], [seed], 1)[0] for seed, prompt in enumerate(prompts)]
+    assert len(set(map(len, alone))) > 1  # rows leave the batch at different times
+    assert alone[1] != alone[3]
+    assert [draw(prompts, range(4), batch_size) for batch_size in (1, 3, 4)] == [alone] * 3
 
 
 def test_generation_refuses_an_empty_prompt_and_one_that_would_leave_the_context():
