@@ -13,6 +13,7 @@ Shapes: B rows, T positions, H hidden size, V vocabulary, d head size, L layers,
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -763,6 +764,12 @@ def _next_tokens(
     return torch.cat([torch.multinomial(of_row, 1, generator=generators[row]) for of_row, row in drawn])
 
 
+def shared_length(rows: list[list[int]]) -> int:
+    """How many tokens all rows begin with alike, leaving each row a last token of its own."""
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return min(sum(1 for _ in alike), min(map(len, rows)) - 1)
+
+
 def _continue_batch(
     model: Transformer,
     prompts: list[list[int]],
@@ -776,10 +783,15 @@ def _continue_batch(
     rows = list(range(len(prompts)))  # those still in the batch
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
-    cache = KVCache(model, len(prompts), longest + max_new_tokens)
-    input_ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    position_ids = torch.arange(longest, device=device).expand_as(input_ids)
-    last = lengths - 1  # the column of each row's last real token
+    shared = shared_length(prompts) if len(prompts) > 1 else 0
+    cache = KVCache(model, 1 if shared else len(prompts), longest + max_new_tokens)
+    if shared:  # worked examples before every question, say: they run once
+        model.hidden_states(torch.tensor([prompts[0][:shared]], device=device), cache=cache)
+        cache.keep_rows(torch.zeros(len(prompts), dtype=torch.long, device=device))
+    own = [prompt[shared:] + [0] * (longest - len(prompt)) for prompt in prompts]
+    input_ids = torch.tensor(own, device=device)
+    position_ids = torch.arange(shared, longest, device=device).expand_as(input_ids)
+    last = lengths - 1 - shared  # the column of each row's last real token
     for _ in range(max_new_tokens):
         hidden = model.hidden_states(input_ids, position_ids, cache)
         token = pick(model.lm_head(hidden[torch.arange(len(rows), device=device), last]).float(), rows)
