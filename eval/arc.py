@@ -1,4 +1,4 @@
-"""ARC: four-choice science questions, scored by likelihood.
+"""ARC: multiple-choice science questions, scored by likelihood.
 
     python -m eval.arc --model DIR --data ARC-Easy-Dev.jsonl --out result.json
 
@@ -9,7 +9,15 @@ Protocol `paper` (OpenCompass ARC_{e,c}_ppl, the harness of the paper; zero-shot
     newline, and no letter before the choice. The tokenizer adds BOS if it does so by default.
   - A choice's score is the mean NLL over ALL tokens of that text but the first, the question's included.
     The smallest wins; of equal ones the first.
-  - Gold is the place of answerKey in the item's own labels (A-D or 1-4). The score is the percentage right.
+
+Protocol `standard` (lm-evaluation-harness arc_easy and arc_challenge; zero-shot, no chat template):
+  - All items are kept; three to five choices occur. The figures that the field quotes are of the TEST splits.
+  - The text is `Question: {question}\\nAnswer: {choice text}`. Only the choice counts: the tokens that come after
+    those of `Question: {question}\\nAnswer:`.
+  - acc, the score: the smallest summed NLL wins. acc_norm, in `metrics`: the smallest sum divided by the number of
+    characters of the choice. Of equal ones the first.
+
+Gold is the place of answerKey in the item's own labels (A-E or 1-4). The score is the percentage right.
 
 Rows: {id, question: {stem, choices: [{text, label}, ...]}, answerKey}, as the Allen Institute publishes them, or
 {id, question, choices: {text: [...], label: [...]}, answerKey}, as they stand on the Hugging Face hub.
@@ -17,20 +25,19 @@ Rows: {id, question: {stem, choices: [{text, label}, ...]}, answerKey}, as the A
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from data.sft import Sample, collate, length_batches
 from data.tokenizer import TextTokenizer
 from eval import common
 from model import Transformer
 
-PROTOCOL = "paper, 0-shot, mean NLL of the whole text"
-LOGITS_AT_ONCE = 2**24  # fp32 logits alive at one time: 64 MiB
+PROTOCOL = {
+    "paper": "paper, 0-shot, mean NLL of the whole text",
+    "standard": "standard, 0-shot, summed NLL of the choice",
+}
 
 
 @dataclass(frozen=True)
@@ -70,85 +77,86 @@ def parse_item(row: dict, id: str) -> Item:
     return Item(id, stem, texts, labels, labels.index(answer))
 
 
-def choice_texts(item: Item) -> list[str]:
+def prompt(item: Item, protocol: str = "paper") -> str:
+    """What stands before each choice."""
+    return f"Question: {item.question}\nAnswer:" + (" " if protocol == "standard" else " \n")
+
+
+def choice_texts(item: Item, protocol: str = "paper") -> list[str]:
     """The text that is scored for each choice."""
-    return [f"Question: {item.question}\nAnswer: \n{choice}" for choice in item.choices]
+    return [prompt(item, protocol) + choice for choice in item.choices]
 
 
-@torch.inference_mode()
-def mean_nll(model: Transformer, token_rows: Sequence[list[int]], batch_tokens: int = 4096) -> list[float]:
-    """Mean NLL (nats a token) of each row's tokens but the first, given those before.
-
-    Rows of like length share a forward pass of at most batch_tokens tokens, padding included; which rows share
-    one changes the result by rounding only. The head runs on LOGITS_AT_ONCE / V positions at a time, in fp32 from
-    the logits on. Every row needs 2 tokens at least. Raises ValueError when an NLL is not finite."""
-    device = model.lm_head.weight.device
-    chunk = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    means = [0.0] * len(token_rows)
-    groups = length_batches([len(ids) for ids in token_rows], batch_tokens)
-    for group in common.progress(groups, len(token_rows), "scoring choices"):
-        rows = [Sample(id=str(i), input_ids=token_rows[i], labels=token_rows[i]) for i in group]
-        input_ids, labels = collate(rows, device)  # (B, T), shifted; -100 on padding
-        real = labels != -100
-        hidden, targets = model.hidden_states(input_ids)[real], labels[real]  # (N, H), (N,)
-        parts = []
-        for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = model.lm_head(part).float()  # (chunk, V)
-            parts.append(logits.logsumexp(-1) - logits.gather(-1, target[:, None]).squeeze(-1))
-        nll = torch.cat(parts).double().cpu()  # (N,), row after row
-        for i, row in zip(group, nll.split(real.sum(1).tolist()), strict=True):
-            mean = row.mean().item()
-            if not mean < float("inf"):
-                raise ValueError(f"the model gives a text of {len(token_rows[i])} tokens a mean NLL of {mean}")
-            means[i] = mean
-    return means
+def scored_ids(item: Item, tokenizer: TextTokenizer, context: int, protocol: str) -> list[tuple[list[int], int]]:
+    """For each choice the tokens of its text, and the place of the first that counts."""
+    # the space before a choice belongs to the choice, as tokenizers have it
+    before = tokenizer.encode(prompt(item, protocol).rstrip()) if protocol == "standard" else []
+    choices = []
+    for text in choice_texts(item, protocol):
+        ids = tokenizer.encode(text)
+        if not 2 <= len(ids) <= context:
+            raise ValueError(
+                f"item {item.id}: a choice's text has {len(ids)} tokens, expected 2 to {context} (the model's context)"
+            )
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False))
+        choices.append((ids, max(1, sum(1 for _ in same))))
+    return choices
 
 
-def evaluate(model: Transformer, tokenizer: TextTokenizer, items: Sequence[Item], batch_tokens: int = 4096) -> dict:
-    """Score the items under protocol `paper`; see the module's head.
+def evaluate(
+    model: Transformer,
+    tokenizer: TextTokenizer,
+    items: Sequence[Item],
+    *,
+    protocol: str = "paper",
+    batch_tokens: int | None = None,
+) -> dict:
+    """Score the items; see the module's head. batch_tokens: see common.choice_nll.
 
-    Returns {task, metric, score (percent), n, interval95, protocol, dropped, items}; each of its items holds id,
-    prediction and gold (labels), correct, and nll: the mean NLL of every choice."""
-    kept = [item for item in items if len(item.choices) == 4]
+    Returns common.result's {task, metric, score (percent), n, interval95, protocol, metrics, ..., items} with
+    `dropped`, the number of items that `paper` leaves out. Each item holds id, prompt_id (of the choices' texts),
+    prediction and gold (labels), correct, and nll of every choice: under `paper` the mean, under `standard` the
+    sum; there also prediction_norm and acc_norm (whether that one is right)."""
+    common.check_protocol(protocol)
+    kept = [item for item in items if protocol == "standard" or len(item.choices) == 4]
     if not kept:
         raise ValueError(f"none of the {len(items)} items has exactly four choices")
-    context = model.config.max_position_embeddings
-    ids_of: dict[str, list[int]] = {}  # by text: equal choices get one and the same number, so that the first wins
-    for item in kept:
-        for text in choice_texts(item):
-            ids_of[text] = tokenizer.encode(text)
-            if not 2 <= len(ids_of[text]) <= context:
-                raise ValueError(
-                    f"item {item.id}: a choice's text has {len(ids_of[text])} tokens, expected 2 to "
-                    f"{context} (the model's context)"
-                )
-    nll_of = dict(zip(ids_of, mean_nll(model, list(ids_of.values()), batch_tokens), strict=True))
+    choices = [scored_ids(item, tokenizer, model.config.max_position_embeddings, protocol) for item in kept]
+    # Equal choices are scored once, and so get one and the same number: the first of them wins.
+    distinct = [[choice for i, choice in enumerate(row) if choice not in row[:i]] for row in choices]
+    sums = common.choice_nll(model, distinct, batch_tokens)
     scored = []
-    for item in kept:
-        nll = [nll_of[text] for text in choice_texts(item)]
+    for item, row, unlike, nll_of in zip(kept, choices, distinct, sums, strict=True):
+        nll = [nll_of[unlike.index(choice)] for choice in row]
+        if protocol == "paper":
+            nll = [total / (len(ids) - start) for total, (ids, start) in zip(nll, row, strict=True)]
         best = nll.index(min(nll))
-        labels = {"prediction": item.labels[best], "gold": item.labels[item.gold]}
-        scored.append({"id": item.id, **labels, "correct": best == item.gold, "nll": nll})
-    return common.result("arc", PROTOCOL, scored, dropped=len(items) - len(kept))
+        made = {"id": item.id, "prompt_id": common.prompt_id("\n\n".join(choice_texts(item, protocol)))}
+        made |= {"prediction": item.labels[best], "gold": item.labels[item.gold], "correct": best == item.gold}
+        if protocol == "standard":
+            norm = [total / len(choice) for total, choice in zip(nll, item.choices, strict=True)]
+            best = norm.index(min(norm))
+            made |= {"prediction_norm": item.labels[best], "acc_norm": best == item.gold}
+        scored.append({**made, "nll": nll})
+    return common.result(
+        "arc",
+        PROTOCOL[protocol],
+        scored,
+        also=("acc_norm",) if protocol == "standard" else (),
+        tokens=sum(len(ids) for row in choices for ids, _ in row),
+        dropped=len(items) - len(kept),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.argument_parser("eval.arc", "Score a model on ARC as the paper does.", "data/tiny/arc_test.jsonl")
-    parser.add_argument(
-        "--batch-tokens",
-        type=common.positive_int,
-        default=4096,
-        help="tokens in one forward pass, padding included; %(default)s",
+    common.run(
+        argv,
+        prog="eval.arc",
+        description="Score a model on ARC.",
+        data="data/tiny/arc_test.jsonl",
+        read_items=read_items,
+        evaluate=evaluate,
     )
-    args = parser.parse_args(argv)
-    with common.errors_in_one_line(parser.prog):
-        started = time.perf_counter()
-        items = read_items(args.data)[: args.limit]
-        model, tokenizer = common.load(args)
-        scored = evaluate(model, tokenizer, items, args.batch_tokens)
-        if scored["dropped"]:
-            print(f"{parser.prog}: dropped {scored['dropped']} of {len(items)} items, which do not have four choices")
-        common.report(args, scored, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,31 @@
-"""GSM8K: grade-school maths, generated and compared by the last number.
+"""GSM8K: grade-school maths, generated and compared by a number.
 
-    python -m eval.gsm8k --model DIR --data test.jsonl --out result.json
+    python -m eval.gsm8k --model DIR --data test.jsonl --exemplars train.jsonl --out result.json
 
 Protocol `paper` (OpenCompass gsm8k_gen, the harness of the paper; no chat template):
-  - The prompt is `Question: {question}\\nLet's think step by step\\nAnswer:`. With --exemplars, worked questions
-    stand before it: the same text of the exemplar's question, then its reasoning, `The answer is N` and an empty
-    line, each on lines of its own. The paper's harness puts four in (its own, none of GSM8K's); here the default
-    is none, and `protocol` in the result says how many there were.
+  - The prompt is `Question: {question}\\nLet's think step by step\\nAnswer:`. Before it stand 4 worked questions:
+    the same text of the exemplar's question, then its reasoning, `The answer is N` and an empty line, each on
+    lines of its own. The paper's harness has four of its own, none of GSM8K's; here they are the first rows of
+    --exemplars, without their calculator annotations. Without that flag there are none: `protocol` in the result
+    says how many there were.
   - Up to 512 new tokens, or as many as the model's context has room for. A text is cut at `Question:`, where a
     model starts to make up the next question (and is stopped here, to save time).
-  - Decoding is greedy. (The authors' harness seems to have sampled at temperature 1, by the defaults of its
-    engine; greedy can be repeated, and does not mix luck into the score.)
   - The prediction is the last match of -?\\d+(\\.\\d+)? in the text. Commas, units and operators are not
     understood: `1,000` is read as 000, `16-3` as -3, `10.` as 10.
-  - Gold is what follows `#### `, commas removed. Right if the strings are equal or the numbers differ by less
-    than 1e-6. The score is the percentage right.
+  - Right if the prediction and gold are equal as strings, or differ by less than 1e-6 as numbers.
+
+Protocol `standard` (lm-evaluation-harness gsm8k, version 3; no chat template):
+  - The prompt is `Question: {question}\\nAnswer:`. Before it stand 5 train rows in the same form, each with its
+    answer as the file has it, annotations and `#### N` included, then an empty line. The harness draws the five
+    at random; here they are the first of --exemplars.
+  - Up to 256 new tokens; a text ends before `Question:`, `</s>` or `<|im_end|>`.
+  - strict-match, the score: the first match of `#### (-?[0-9.,]+)`. flexible-extract, in `metrics`: the last
+    match of -?[$0-9.,]{2,} or -?[0-9]+.
+  - Right if prediction and gold are the same string, once commas, `$` and a last full stop are taken out of both.
+
+Under both, gold is what follows `#### `, commas removed, and the score is the percentage right. Decoding is
+greedy. (The authors' harness seems to have sampled at temperature 1, by the defaults of its engine: that is
+--temperature 1. Greedy can be repeated, and does not mix luck into the score.)
 
 Rows: {question, answer}, the answer's reasoning ending in `#### N`; `id` if there is one, else the row number from 0.
 """
@@ -22,7 +33,6 @@ Rows: {question, answer}, the answer's reasoning ending in `#### N`; `id` if the
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +41,12 @@ from data.tokenizer import TextTokenizer
 from eval import common
 from model import Transformer
 
+SHOTS = {"paper": 4, "standard": 5}
+MAX_NEW_TOKENS = {"paper": 512, "standard": 256}
+STOP = {"paper": ("Question:",), "standard": ("Question:", "</s>", "<|im_end|>")}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+STRICT = re.compile(r"#### (-?[0-9.,]+)")
+FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator steps, "<<48/2=24>>"
 
 
@@ -39,8 +54,13 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator steps, "<<48/2=24>>
 class Item:
     id: str
     question: str
-    rationale: str  # the reasoning before '#### ', without calculator annotations
-    gold: str  # the number after it, without commas
+    answer: str  # reasoning, '#### ' and the number, as the file has them
+    gold: str  # the number, without commas
+
+    @property
+    def rationale(self) -> str:
+        """The reasoning, without calculator annotations."""
+        return ANNOTATION.sub("", self.answer.partition("#### ")[0]).strip()
 
 
 def read_items(path: str | Path) -> list[Item]:
@@ -51,88 +71,105 @@ def read_items(path: str | Path) -> list[Item]:
 def parse_item(row: dict, id: str) -> Item:
     """One row; ValueError on a missing key, or an answer that does not end in `#### ` and a number."""
     question, answer = common.text_field(row, "question"), common.text_field(row, "answer")
-    rationale, marker, gold = answer.partition("#### ")
+    _, marker, gold = answer.partition("#### ")
     gold = gold.replace(",", "").strip()
     if not marker or not NUMBER.fullmatch(gold):
         raise ValueError(f"key 'answer': expected it to end in '#### ' and a number, got {answer[-40:]!r}")
-    return Item(id, question, ANNOTATION.sub("", rationale).strip(), gold)
+    return Item(id, question, answer, gold)
 
 
-def question_text(question: str) -> str:
-    return f"Question: {question}\nLet's think step by step\nAnswer:"
+def prompt(item: Item, exemplars: Sequence[Item] = (), protocol: str = "paper") -> str:
+    """The text that the model continues: the exemplars, answered, then the item's question."""
+    if protocol == "standard":
+        before = "".join(f"Question: {e.question}\nAnswer: {e.answer}\n\n" for e in exemplars)
+        return f"{before}Question: {item.question}\nAnswer:"
+    before = "".join(f"{prompt(e)}\n{e.rationale}\nThe answer is {e.gold}\n\n" for e in exemplars)
+    return f"{before}Question: {item.question}\nLet's think step by step\nAnswer:"
 
 
-def exemplar_text(exemplars: Sequence[Item]) -> str:
-    """What stands before the question's own text: each exemplar answered, then an empty line."""
-    return "".join(f"{question_text(e.question)}\n{e.rationale}\nThe answer is {e.gold}\n\n" for e in exemplars)
-
-
-def extract_number(text: str) -> str | None:
-    """The last number before the first `Question:`, as it is written; None where there is none."""
-    numbers = NUMBER.findall(text.split("Question:")[0])
+def extract(text: str, protocol: str = "paper") -> str | None:
+    """The number that a completion answers with: `paper` as it is written, `standard` by strict-match; None if none."""
+    text = common.cut(text, STOP[protocol])
+    if protocol == "standard":
+        match = STRICT.search(text)
+        return match and bare(match[1])
+    numbers = NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
 
-def is_correct(prediction: str | None, gold: str) -> bool:
-    return prediction is not None and (prediction == gold or abs(float(prediction) - float(gold)) < 1e-6)
+def extract_flexible(text: str) -> str | None:
+    """The number that a completion answers with, by flexible-extract of protocol `standard`."""
+    numbers = FLEXIBLE.findall(common.cut(text, STOP["standard"]))
+    return bare(numbers[-1]) if numbers else None
+
+
+def bare(number: str) -> str | None:
+    """Without commas, `$` and a last full stop; None where nothing is left."""
+    return number.replace(",", "").replace("$", "").removesuffix(".") or None
+
+
+def is_correct(prediction: str | None, gold: str, protocol: str = "paper") -> bool:
+    if prediction is None:
+        return False
+    if protocol == "standard":
+        return prediction == bare(gold)
+    return prediction == gold or abs(float(prediction) - float(gold)) < 1e-6
 
 
 def evaluate(
     model: Transformer,
     tokenizer: TextTokenizer,
     items: Sequence[Item],
+    *,
+    protocol: str = "paper",
     exemplars: Sequence[Item] = (),
-    max_new_tokens: int = 512,
-    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    **decoding: int,
 ) -> dict:
-    """Score the items under protocol `paper`; see the module's head.
+    """Score the items; see the module's head. max_new_tokens: None takes the protocol's number; decoding: batch_size
+    and seed of common.generate_texts.
 
-    Returns {task, metric, score (percent), n, interval95, protocol, max_new_tokens, unfinished, exemplars, items}:
-    unfinished counts the texts that the token limit ended, exemplars is the text before every question; each item
-    holds id, prediction (None where there is no number), gold, correct, prompt's question, text, new_tokens."""
-    if not items:
-        raise ValueError("expected at least one item to score, got none")
-    before = exemplar_text(exemplars)
-    prompts = [(item.id, before + question_text(item.question)) for item in items]
-    generated = common.generate_texts(model, tokenizer, prompts, max_new_tokens, batch_size, stop="Question:")
+    Returns common.result's {task, metric, score (percent), n, interval95, protocol, metrics, ..., items} with
+    max_new_tokens and unfinished, the number of texts that a token limit ended. Each item holds id, prompt_id,
+    completion, new_tokens, finished, prediction (None where there is no number), gold and correct; under
+    `standard` also flexible_prediction and flexible (whether that one is right)."""
+    common.check_protocol(protocol)
+    max_new_tokens = max_new_tokens or MAX_NEW_TOKENS[protocol]
+    prompts = [(item.id, prompt(item, exemplars, protocol)) for item in items]
+    generated = common.generate_texts(
+        model, tokenizer, prompts, max_new_tokens, stop=STOP[protocol], temperature=temperature, **decoding
+    )
     scored = []
     for item, made in zip(items, generated, strict=True):
-        prediction = extract_number(made["text"])
-        correct = is_correct(prediction, item.gold)
-        row = {"id": item.id, "prediction": prediction, "gold": item.gold, "correct": correct}
-        scored.append({**row, "question": item.question, **made})
+        prediction = extract(made["completion"], protocol)
+        correct = is_correct(prediction, item.gold, protocol)
+        row = {"id": item.id, **made, "prediction": prediction, "gold": item.gold, "correct": correct}
+        if protocol == "standard":
+            flexible = extract_flexible(made["completion"])
+            row |= {"flexible_prediction": flexible, "flexible": is_correct(flexible, item.gold, protocol)}
+        scored.append(row)
     return common.result(
         "gsm8k",
-        f"paper, {len(exemplars)}-shot, greedy",
+        common.how(protocol, len(exemplars), temperature),
         scored,
+        also=("flexible",) if protocol == "standard" else (),
+        tokens=sum(made["new_tokens"] for made in generated),
         max_new_tokens=max_new_tokens,
         unfinished=sum(not made["finished"] for made in generated),
-        exemplars=before,
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.argument_parser(
-        "eval.gsm8k", "Score a model on GSM8K as the paper does.", "data/tiny/gsm8k_test.jsonl"
+    common.run(
+        argv,
+        prog="eval.gsm8k",
+        description="Score a model on GSM8K.",
+        data="data/tiny/gsm8k_test.jsonl",
+        read_items=read_items,
+        evaluate=evaluate,
+        shots=SHOTS,
     )
-    parser.add_argument("--exemplars", help="worked questions to put before each, rows like those of --data")
-    parser.add_argument("--shots", type=common.positive_int, help="how many of them, from the first; default all")
-    parser.add_argument("--max-new-tokens", type=common.positive_int, default=512, help="%(default)s")
-    parser.add_argument(
-        "--batch-size", type=common.positive_int, default=16, help="prompts generated together; %(default)s"
-    )
-    args = parser.parse_args(argv)
-    with common.errors_in_one_line(parser.prog):
-        started = time.perf_counter()
-        items = read_items(args.data)[: args.limit]
-        exemplars = read_items(args.exemplars)[: args.shots] if args.exemplars else []
-        if args.shots and len(exemplars) < args.shots:
-            raise ValueError(f"--shots {args.shots}: --exemplars gives {len(exemplars)}")
-        model, tokenizer = common.load(args)
-        scored = evaluate(model, tokenizer, items, exemplars, args.max_new_tokens, args.batch_size)
-        if scored["unfinished"]:
-            print(f"{parser.prog}: {scored['unfinished']} of {scored['n']} answers ran into the limit of new tokens")
-        common.report(args, scored, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""Two result files of one task, item by item: is B better than A, or could it be luck?
+
+    python -m eval.compare A.json B.json [--metric correct] [--out FILE.json]
+
+The files must hold the same items under the same protocol: items are paired by id, and their prompts must be the
+same too. Printed, and with --out written:
+  - the difference of the scores, B - A, in points, with a 95% paired bootstrap interval: the items' differences
+    are resampled 10,000 times;
+  - for a metric of right and wrong, the four cells, and McNemar's exact p: if A and B were equally good, how often
+    would the items that only one of them gets right fall at least this unevenly? (Two-sided binomial test.)
+
+--metric names another key of the items: `acc_norm` (ARC), `flexible` (GSM8K), `f1` (SQuAD), ...
+Swapping A and B turns the signs of the difference and its interval and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from eval import common
+
+
+def compare(a: dict, b: dict, metric: str = "correct") -> dict:
+    """{task, protocol, metric, n, score_a, score_b, difference, interval95}, scores and differences in percent; for a
+    metric of bools also both_right, only_a, only_b, both_wrong and mcnemar_p.
+
+    a, b: result files, parsed. Raises ValueError on another task, protocol or set of items, by name, and on items
+    without that metric."""
+    for key in ("task", "protocol"):
+        if a[key] != b[key]:
+            raise ValueError(f"expected results of one {key}, got {a[key]!r} and {b[key]!r}")
+    items_a, items_b = ({item["id"]: item for item in whole["items"]} for whole in (a, b))
+    for id in sorted(items_a.keys() ^ items_b.keys()):
+        raise ValueError(f"expected the same items, got {id!r} in {'A' if id in items_a else 'B'} only")
+    for id, item in items_a.items():
+        if item["prompt_id"] != items_b[id]["prompt_id"]:
+            raise ValueError(f"expected the same prompts, got two for item {id!r}")
+        for which in (item, items_b[id]):
+            if not is_measure(which.get(metric)):
+                keys = ", ".join(key for key, value in which.items() if is_measure(value))
+                raise ValueError(f"--metric {metric}: expected one of {keys}; item {id!r} has {which.get(metric)!r}")
+    pairs = [(item[metric], items_b[id][metric]) for id, item in items_a.items()]
+    scores = [100 * math.fsum(side) / len(pairs) for side in zip(*pairs, strict=True)]
+    compared = {
+        "task": a["task"],
+        "protocol": a["protocol"],
+        "metric": metric,
+        "n": len(pairs),
+        "score_a": scores[0],
+        "score_b": scores[1],
+        "difference": scores[1] - scores[0],
+        "interval95": paired_interval([float(y) - float(x) for x, y in pairs]),
+    }
+    if all(isinstance(value, bool) for pair in pairs for value in pair):
+        cells = [pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
+        compared |= dict(zip(("both_right", "only_a", "only_b", "both_wrong"), cells, strict=True))
+        compared["mcnemar_p"] = mcnemar_p(cells[1], cells[2])
+    return compared
+
+
+def is_measure(value: object) -> bool:
+    """Whether a value of an item tells how good it is: right or wrong, or a number from 0 to 1."""
+    return isinstance(value, bool) or (isinstance(value, float) and 0 <= value <= 1)
+
+
+def paired_interval(differences: list[float]) -> tuple[float, float]:
+    """95% bootstrap interval of the mean difference, in points.
+
+    Drawn for the differences and for their negatives, and averaged: which file is called A must not matter."""
+    low, high = common.bootstrap_interval(differences)
+    negative_low, negative_high = common.bootstrap_interval([-difference for difference in differences])
+    return 50 * (low - negative_high), 50 * (high - negative_low)
+
+
+def mcnemar_p(only_a: int, only_b: int) -> float:
+    """Two-sided exact p of McNemar's test: the chance that a fair coin, thrown once for each item that only one side
+    gets right, falls at least this unevenly. 1 when there is no such item."""
+    n = only_a + only_b
+    ways = total = 1  # of k heads, and of k or fewer
+    for k in range(min(only_a, only_b)):
+        ways = ways * (n - k) // (k + 1)
+        total += ways
+    return min(1.0, 2 * total / 2**n)
+
+
+def table(compared: dict) -> str:
+    """What a person reads."""
+    low, high = compared["interval95"]
+    lines = [
+        f"{compared['task']}, {compared['metric']}, n {compared['n']}  ({compared['protocol']})",
+        f"  A {compared['score_a']:.2f}%  B {compared['score_b']:.2f}%",
+        f"  B - A {compared['difference']:+.2f} points, 95% [{low:+.2f}, {high:+.2f}]",
+    ]
+    if "mcnemar_p" in compared:
+        cells = [f"{name.replace('_', ' ')} {compared[name]}" for name in ("both_right", "only_a", "only_b")]
+        lines.append(f"  {', '.join(cells)}, both wrong {compared['both_wrong']}")
+        lines.append(f"  McNemar's exact p {compared['mcnemar_p']:.3g}")
+    return "\n".join(lines)
+
+
+def read_result(path: str) -> dict:
+    """A result file; ValueError on one that no scorer wrote."""
+    try:
+        whole = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    missing = [key for key in ("task", "protocol", "items") if not isinstance(whole, dict) or not whole.get(key)]
+    if missing:
+        raise ValueError(f"{path}: expected a scorer's result file, got none of its {missing[0]!r}")
+    return whole
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="eval.compare", description="Compare two result files item by item.")
+    parser.add_argument("a", metavar="A.json", help="result file of a scorer's --out")
+    parser.add_argument("b", metavar="B.json", help="another, of the same items")
+    parser.add_argument("--metric", default="correct", help="key of the items to compare; %(default)s")
+    parser.add_argument("--out", help="write the comparison here too (JSON)")
+    args = parser.parse_args(argv)
+    with common.errors_in_one_line(parser.prog):
+        compared = compare(read_result(args.a), read_result(args.b), args.metric)
+        print(table(compared))
+        if args.out:
+            common.write_json(args.out, {"a": args.a, "b": args.b, **compared})
+
+
+if __name__ == "__main__":
+    main()
