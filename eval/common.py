@@ -176,15 +176,15 @@ def load(args: argparse.Namespace) -> tuple[Transformer, TextTokenizer]:
 def read_exemplars(
     args: argparse.Namespace, read_items: Callable[[str], list], protocol_shots: int, items: list
 ) -> list:
-    """The first --shots (or else protocol_shots) rows of --exemplars, none of them among the items to score; no
-    rows without that flag."""
+    """The first --shots (or else protocol_shots, and args.shots is set to that) rows of --exemplars, none of them
+    among the items to score; no rows without that flag."""
     if not args.exemplars:
         if args.shots:
             raise ValueError(f"--shots {args.shots}: needs --exemplars, the rows to take them from")
         if protocol_shots and this_rank()[0] == 0:
             print(f"no --exemplars, so 0-shot; protocol {args.protocol} has {protocol_shots} shots")
         return []
-    wanted = args.shots or protocol_shots
+    wanted = args.shots = args.shots or protocol_shots
     if not wanted:
         raise ValueError(f"--exemplars: protocol {args.protocol} has none; say how many to use with --shots")
     exemplars = read_items(args.exemplars)[:wanted]
@@ -558,7 +558,7 @@ def report(args: argparse.Namespace, scored: dict, seconds: float) -> None:
             print(f"  {what}: {scored[key]}")
     if args.out:
         items = scored.pop("items")  # written last: a reader of the file meets the settings first
-        flags = {key: value for key, value in vars(args).items() if key not in ("out", "protocol")}
+        flags = {key: value for key, value in vars(args).items() if key not in ("out", *scored)}
         on_cuda = args.device == "cuda"
         made_by = {
             **flags,

@@ -19,19 +19,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import model as model_module
 from data.tokenizer import TextTokenizer
 from eval import arc, common, compare, gsm8k
+from reproduce import bench_eval
 
 REPO = Path(__file__).parent.parent
 CONTEXT = 160
 
 
-def make_model(seed=0, eos_token_id=1):
+def make_model(seed=0, eos_token_id=1, context=CONTEXT):
     """A random Transformer over bytes, its weights large enough for choices to differ well beyond rounding."""
     torch.manual_seed(seed)
     config = model_module.ModelConfig.from_dict(
         {
             "model_type": "llama", "vocab_size": 258, "hidden_size": 16, "intermediate_size": 24,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": eos_token_id,
+            "max_position_embeddings": context, "bos_token_id": 0, "eos_token_id": eos_token_id,
         }
     )
     model = model_module.Transformer(config)
@@ -684,6 +685,7 @@ def test_gsm8k_command_writes_what_it_prints(folder, tmp_path, capsys):
 
     gsm8k.main([*common_flags, "--protocol", "standard", "--exemplars", str(shots), "--shots", "2"])
     standard = json.loads(out.read_text(encoding="utf-8"))
+    assert (standard["max_new_tokens"], standard["shots"]) == (9, 2)
     assert standard["protocol"] == "standard, 2-shot, greedy" and standard["metrics"]["flexible"]["n"] == 4
     assert re.search(r"^  flexible: \S+%  n 4 ", capsys.readouterr().out, re.MULTILINE)
 
@@ -879,3 +881,26 @@ def test_the_modules_run_from_the_repository_root(tmp_path):
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"eval.gsm8k: {tmp_path / 'none.jsonl'}: no such file\n"
+
+
+def test_the_benchmark_finds_both_ways_to_say_the_same(folder, tmp_path, capsys):
+    row = {"question": "How many?", "answer": "#### 2"}
+    files = {
+        "--arc": write_jsonl(tmp_path / "a.jsonl", [arc_row("a"), arc_row("b", stem="Who?"), arc_row("c", "ABC")]),
+        "--gsm8k": write_jsonl(tmp_path / "g.jsonl", [{**row, "question": f"{'So ' * i}how?"} for i in range(4)]),
+        "--exemplars": write_jsonl(tmp_path / "e.jsonl", [{**row, "question": "?"}] * 5),
+    }
+    flags = [str(part) for pair in files.items() for part in pair]
+    out = ["--max-new-tokens", "5", "--batch-size", "3", "--out", str(tmp_path / "out.json")]
+    with pytest.raises(SystemExit):
+        bench_eval.main(["--model", str(folder), *flags, *out])  # 4 shots do not fit in this model's context
+    assert "leaves no room" in capsys.readouterr().err
+    wide = tmp_path / "wide"
+    make_model(context=640).save_pretrained(wide)
+    make_tokenizer(wide)
+    bench_eval.main(["--model", str(wide), *flags, *out])
+    written = json.loads((tmp_path / "out.json").read_text())
+    for task, n in (("arc, paper", 2), ("arc, standard", 3), ("gsm8k, paper", 4), ("gsm8k, standard", 4)):
+        assert written[task]["n"] == written[task]["same_answers"] == n
+    assert written["gsm8k, standard"]["same_completions"] == 4 and written["gsm8k, standard"]["shots"] == 5
+    assert written["arc, standard"]["largest_nll_difference"] < 1e-3
