@@ -10,6 +10,10 @@ step belongs to rank j mod world, and only the samples' scores travel, so that t
 same samples on any number of ranks. The loss of a step is the sum over its kept tokens on all ranks, divided
 by their number.
 
+A sample pruner that chooses its rows ahead, once or for an epoch, fills a step with as many of them as Q-Tuning
+would keep of it, so that every method takes as many optimizer steps, of as many kept samples. What such a pruner
+goes by is in the data's fields or in side files that score_rows.py writes (--scores).
+
 The run folder: config.json, metrics.jsonl (one object a step; README.md explains each key), selection.jsonl on
 request, checkpoint/, and at the end model/ (full fine-tuning) or adapter/ (LoRA).
 """
@@ -27,6 +31,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import baselines
 from baselines import every_sample, random_samples, random_tokens
 from data.sft import Sample, collate, length_batches, load_samples, stream_order
 from data.tokenizer import TextTokenizer
@@ -55,13 +61,28 @@ from qtuning import (
     prune_tokens,
     sample_entropy,
     sample_perplexity,
-    token_nll_and_entropy,
     token_perplexity,
 )
+from score_rows import HEAD_ROWS, attention_score, chunks_of, decode_vector, mean_nll, read_side_file, row_values, score
 
 HERE = Path(__file__).resolve().parent
 
 # --------------------------------------------------------------------------------------------- settings
+
+SCORES_OF = {  # sample pruners that choose their rows once, and what they go by
+    "random-static": (),
+    "longest": (),
+    "drop-longest": (),
+    "alpagasus": ("rating",),
+    "cond-gain": ("cond_gain",),
+    "deita": ("complexity", "quality", "embedding"),
+    "ds2": ("rating", "embedding"),
+    "less": ("less",),
+}
+SAMPLE_PRUNERS = ("qtuning", "random", "none", "entropy", "infobatch", "infobatch-official", *SCORES_OF)
+NLL_PRUNERS, ATTENTION_PRUNERS = ("qtuning", "ppl-keep-low", "ppl-keep-high", "rho1"), ("fastv", "sparsevlm-text")
+CLEANING_PRUNERS = ("tokencleaning-row", "tokencleaning-global")
+TOKEN_PRUNERS = ("qtuning", "random", "none", *NLL_PRUNERS[1:], *ATTENTION_PRUNERS, *CLEANING_PRUNERS)
 
 
 def flag(default, help: str, choices: tuple[str, ...] | None = None):
@@ -79,13 +100,15 @@ class Config:
     seed: int = flag(0, "of the order of rows, the LoRA weights and random pruners")
     resume: bool = flag(False, "go on from the run folder's last checkpoint")
 
-    sample_pruner: str = flag("qtuning", "how samples are chosen", ("qtuning", "random", "none"))
-    token_pruner: str = flag("qtuning", "how their tokens are chosen", ("qtuning", "random", "none"))
+    sample_pruner: str = flag("qtuning", "how samples are chosen", SAMPLE_PRUNERS)
+    token_pruner: str = flag("qtuning", "how their tokens are chosen", TOKEN_PRUNERS)
     sample_keep_ratio: float = flag(0.125, "r_sample: share of a prune batch's samples to keep, (0, 1]")
     token_keep_ratio: float = flag(0.5, "r_token: share of a trimmed sample's answer tokens to keep, [0, 1]")
     smoothing: float = flag(0.5, "lambda of Eq. 7: weight of a token's neighbours, [0, 1]")
     reverse: bool = flag(False, "keep the tokens of the highest score: the ablation of Table 5")
     token_pruning: str = flag("mask", "pruned tokens leave the loss, or the input too", ("mask", "drop"))
+    scores: str | None = flag(None, "folder of side files (score_rows.py), for the pruners that need them")
+    drop_unscored: bool = flag(False, "never choose a row without a score; otherwise the first one ends the run")
     prune_batch: int | None = flag(None, "samples that compete: a multiple of --micro-batch; none: --micro-batch")
 
     micro_batch: int = flag(8, "samples per device in each micro-batch")
@@ -173,43 +196,13 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return config
 
 
-# ------------------------------------------------------------------------------------- scores and loss
-
-HEAD_ROWS = 512  # answer tokens whose logits exist at once: the head makes no (B, T, V) tensor
-
-
-@torch.no_grad()
-def score(model: Transformer, samples: list[Sample], pass_tokens: int, autocast) -> tuple[Tensor, Tensor, Tensor]:
-    """NLL and predictive entropy of every answer token, with the current weights (choice C18).
-
-    Returns:
-        nll, token_entropy (N, T) float32 and loss_mask (N, T) bool on the CPU; T is the longest row less one,
-        since column t belongs to the token after input_ids[t].
-    """
-    model.eval()
-    shape = len(samples), max(len(s.input_ids) for s in samples) - 1
-    nll, entropy, loss_mask = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-    for rows in length_batches([len(s.input_ids) for s in samples], pass_tokens):
-        input_ids, labels = collate([samples[i] for i in rows], model.lm_head.weight.device)
-        trainable = labels != IGNORE_INDEX
-        with autocast:
-            hidden = model.hidden_states(input_ids)[trainable]  # (answer tokens, H)
-            chunks = zip(hidden.split(HEAD_ROWS), labels[trainable].split(HEAD_ROWS), strict=True)
-            parts = [token_nll_and_entropy(model.lm_head(h), y) for h, y in chunks]
-        width = labels.shape[1]
-        for table, values in zip((nll, entropy), zip(*parts, strict=True), strict=True):
-            block = torch.zeros(labels.shape, device=labels.device)
-            block[trainable] = torch.cat(values)
-            table[rows, :width] = block.cpu()
-        loss_mask[rows, :width] = trainable.cpu()
-    model.train()
-    return nll, entropy, loss_mask
+# ------------------------------------------------------------------------------------------------ loss
 
 
 class TokenLoss(nn.Module):
-    """The summed NLL of the labelled tokens: what is differentiated, and what DDP wraps.
+    """The summed NLL of each row's labelled tokens, (B,): what is differentiated, and what DDP wraps.
 
-    A batch without a labelled token gives 0 and zero gradients. The head's logits are made again in the
+    A row without a labelled token gives 0 and zero gradients. The head's logits are made again in the
     backward pass, HEAD_ROWS at a time, and not kept.
     """
 
@@ -221,10 +214,11 @@ class TokenLoss(nn.Module):
         kept = labels != IGNORE_INDEX
         hidden = self.model.hidden_states(input_ids)[kept]
         chunks = zip(hidden.split(HEAD_ROWS), labels[kept].split(HEAD_ROWS), strict=True)
-        return sum(checkpoint(self.chunk_nll, h, y, use_reentrant=False) for h, y in chunks)
+        nll = torch.cat([checkpoint(self.chunk_nll, h, y, use_reentrant=False) for h, y in chunks])
+        return torch.zeros(len(labels), device=nll.device).index_add(0, kept.nonzero()[:, 0], nll)
 
     def chunk_nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.model.lm_head(hidden).float(), labels, reduction="sum")
+        return F.cross_entropy(self.model.lm_head(hidden).float(), labels, reduction="none")
 
 
 # ------------------------------------------------------------------------------------------- selection
@@ -236,6 +230,118 @@ def seeded(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def num_answer_tokens(sample: Sample) -> int:
+    """|T(x)|: the labels that something predicts."""
+    return sum(label != IGNORE_INDEX for label in sample.labels[1:])
+
+
+def choose_rows(cfg: Config, samples: list[Sample]) -> tuple[list[int], str]:
+    """The floor(r_sample * N) rows of a pruner that chooses once, ascending, and what is worth telling of them.
+
+    The rows are shown to it in the order of a hash of seed and id: where it breaks ties by place, the seed decides,
+    and not the order of the file.
+
+    Raises:
+        ValueError: a row without a score (unless --drop-unscored), or too few rows.
+    """
+    num_keep = num_samples_to_keep(cfg.sample_keep_ratio, len(samples))
+    keys = [hashlib.blake2b(f"{cfg.seed} {sample.id}".encode()).digest() for sample in samples]
+    order = sorted(range(len(samples)), key=keys.__getitem__)
+    ids = [samples[i].id for i in order]
+    columns = []
+    for field in SCORES_OF[cfg.sample_pruner]:
+        if field != "embedding":
+            columns.append(row_values(field, ids, cfg.data, cfg.scores))
+            continue
+        vectors = read_side_file(scores_folder(cfg, cfg.sample_pruner), field, decode_vector)
+        columns.append([vectors.get(row_id) for row_id in ids])
+    scored = [place for place in range(len(order)) if all(column[place] is not None for column in columns)]
+    if len(scored) < len(order) and not cfg.drop_unscored:
+        place = min(set(range(len(order))) - set(scored), key=order.__getitem__)
+        field = next(f for f, c in zip(SCORES_OF[cfg.sample_pruner], columns, strict=True) if c[place] is None)
+        raise ValueError(
+            f"--sample-pruner {cfg.sample_pruner}: {len(order) - len(scored)} of {len(order)} rows lack a score, the "
+            f"first is {ids[place]!r} without {field!r}; --drop-unscored leaves them out"
+        )
+    order = [order[place] for place in scored]
+    columns = [
+        torch.stack(values) if torch.is_tensor(values[0]) else torch.tensor(values, dtype=torch.float64)
+        for values in ([column[place] for place in scored] for column in columns)
+    ]
+    lengths = torch.tensor([num_answer_tokens(samples[i]) for i in order])
+
+    name, note = cfg.sample_pruner, ""
+    if name == "random-static":
+        rows = baselines.random_rows(len(order), num_keep, seeded(cfg.seed))
+    elif name == "longest":
+        rows = baselines.longest_rows(lengths, num_keep)
+    elif name == "drop-longest":
+        rows = baselines.drop_longest_rows(lengths, num_keep)
+    elif name == "alpagasus":
+        rows = baselines.alpagasus_rows(*columns, num_keep)
+    elif name == "cond-gain":
+        rows = baselines.cond_gain_rows(*columns, num_keep)
+    elif name == "deita":
+        rows, num_own = baselines.deita_rows(*columns, num_keep)
+        note = f": {num_own} unlike each other, {num_keep - num_own} filled up"
+    elif name == "ds2":
+        rows = baselines.ds2_rows(*columns, num_keep)
+    else:
+        rows = baselines.less_rows(*columns, num_keep)
+    if len(columns) == 1:
+        last = columns[0][rows].min()
+        note = f": {(columns[0][rows] == last).sum()} of the {(columns[0] == last).sum()} that share the last place"
+    return sorted(order[row] for row in rows.tolist()), f"{name} chose {num_keep} rows{note}"
+
+
+def scores_folder(cfg: Config, pruner: str) -> str:
+    if cfg.scores is None:
+        raise ValueError(f"{pruner} needs --scores, a folder of side files; score_rows.py writes them")
+    return cfg.scores
+
+
+@dataclass
+class Pool:
+    """The rows that an epoch of the stream runs over, with their weights in the loss; 0: left out of it.
+
+    InfoBatch draws them anew for each epoch by `row_loss` (N,), each row's mean NLL when last seen; None for others.
+    """
+
+    rows: Sequence[int]
+    weights: Sequence[float]
+    epoch: int = 0
+    row_loss: Tensor | None = None
+
+
+def draw_epoch(cfg: Config, epoch: int, row_loss: Tensor) -> Pool:
+    """InfoBatch's rows of an epoch."""
+    generator = seeded(cfg.seed, epoch)
+    if cfg.sample_pruner == "infobatch":
+        num_keep = num_samples_to_keep(cfg.sample_keep_ratio, len(row_loss))
+        weights = baselines.infobatch_weights(row_loss, num_keep, generator)
+        rows = weights.nonzero()[:, 0].tolist()
+        return Pool(rows, weights[rows].tolist(), epoch, row_loss)
+    if baselines.infobatch_anneals(epoch, cfg.epochs):
+        return Pool(range(len(row_loss)), [1.0] * len(row_loss), epoch, row_loss)
+    weights = baselines.infobatch_official_weights(row_loss, generator)
+    return Pool(range(len(row_loss)), weights.tolist(), epoch, row_loss)
+
+
+def take(cfg: Config, pool: Pool, start: int, stop: int) -> tuple[list[int], list[float], Pool]:
+    """Rows and weights at places start..stop-1 of the stream of reshuffled epochs, and the pool of the last place."""
+    order, weights, size = [], [], len(pool.rows)
+    while start < stop:
+        epoch = start // size
+        if pool.row_loss is not None and pool.epoch != epoch:
+            pool = draw_epoch(cfg, epoch, pool.row_loss)
+        last = min(stop, (epoch + 1) * size)
+        picked = stream_order(size, start, last, cfg.seed)
+        order += [pool.rows[i] for i in picked]
+        weights += [pool.weights[i] for i in picked]
+        start = last
+    return order, weights, pool
+
+
 def choose_samples(cfg: Config, step: int, num: int, ppl: Tensor | None, ent: Tensor | None) -> list[SamplePruning]:
     """Stage 1 on each prune batch of the step's `num` samples, in order; ppl and ent (num,) if it needs them."""
     size = cfg.prune_batch
@@ -244,6 +350,8 @@ def choose_samples(cfg: Config, step: int, num: int, ppl: Tensor | None, ent: Te
         part = slice(start, min(start + size, num))
         if cfg.sample_pruner == "qtuning":
             chosen.append(prune_samples(ppl[part], ent[part], cfg.sample_keep_ratio))
+        elif cfg.sample_pruner == "entropy":
+            chosen.append(baselines.entropy_samples(ent[part], cfg.sample_keep_ratio))
         elif cfg.sample_pruner == "random":
             generator = seeded(cfg.seed, step, start)
             chosen.append(random_samples(part.stop - start, cfg.sample_keep_ratio, generator))
@@ -252,13 +360,73 @@ def choose_samples(cfg: Config, step: int, num: int, ppl: Tensor | None, ent: Te
     return chosen
 
 
-def choose_tokens(cfg: Config, step: int, position: int, nll: Tensor | None, loss_mask: Tensor) -> Tensor:
-    """Stage 2 for the sample at `position` of the step: the mask (1, T) of what a trimmed sample keeps."""
+def token_side_scores(cfg: Config, samples: list[Sample], rows: Sequence[int]) -> dict[int, Tensor]:
+    """What the token pruner reads from side files for each of these rows, one value an answer token.
+
+    Rho-1: the reference's NLL. TokenCleaning: whether the token is kept; `tokencleaning-global` ranks the tokens
+    of all these rows together.
+
+    Raises:
+        FileNotFoundError: no such side file. ValueError: a row that it lacks or tells another length of.
+    """
+    if cfg.token_pruner not in ("rho1", *CLEANING_PRUNERS):
+        return {}
+    folder, lengths, parts = scores_folder(cfg, cfg.token_pruner), {}, []
+    for field in ("reference_nll",) if cfg.token_pruner == "rho1" else ("base_nll", "reference_nll"):
+        by_id = read_side_file(folder, field, lambda values: torch.tensor(values, dtype=torch.float32))
+        for i in rows:
+            lengths[i] = num_answer_tokens(samples[i])
+            got = by_id.get(samples[i].id)
+            if got is None or got.shape != (lengths[i],) or not bool(got.isfinite().all()):
+                got = "none" if got is None else f"{len(got)}" if bool(got.isfinite().all()) else "one not finite"
+                raise ValueError(
+                    f"{folder}/{field}.jsonl: expected {lengths[i]} values for row {samples[i].id!r}, got {got}"
+                )
+        parts.append([by_id[samples[i].id] for i in rows])
+    if cfg.token_pruner == "rho1":
+        return dict(zip(rows, parts[0], strict=True))
+    base, reference = parts
+    if cfg.token_pruner == "tokencleaning-global":
+        kept = baselines.tokencleaning_global_tokens(torch.cat(base), torch.cat(reference), cfg.token_keep_ratio)
+        return dict(zip(rows, kept.split([lengths[i] for i in rows]), strict=True))
+    return {
+        i: baselines.tokencleaning_tokens(b[None], r[None], torch.ones(1, len(b)).bool(), cfg.token_keep_ratio)[0]
+        for i, b, r in zip(rows, base, reference, strict=True)
+    }
+
+
+def choose_tokens(
+    cfg: Config,
+    step: int,
+    position: int,
+    loss_mask: Tensor,
+    nll: Tensor | None = None,
+    attention: Tensor | None = None,
+    side: Tensor | None = None,
+) -> Tensor:
+    """Stage 2 for the sample at `position` of the step: the mask (1, T) of what a trimmed sample keeps.
+
+    nll, attention: (1, T); side: of `token_side_scores`; each where the pruner needs it.
+    """
+    ratio = cfg.token_keep_ratio
     if cfg.token_pruner == "qtuning":
-        ppl = token_perplexity(nll)
-        return prune_tokens(ppl, loss_mask, cfg.token_keep_ratio, cfg.smoothing, reverse=cfg.reverse)
+        return prune_tokens(token_perplexity(nll), loss_mask, ratio, cfg.smoothing, reverse=cfg.reverse)
     if cfg.token_pruner == "random":
-        return random_tokens(loss_mask, cfg.token_keep_ratio, seeded(cfg.seed, step, position, 1))
+        return random_tokens(loss_mask, ratio, seeded(cfg.seed, step, position, 1))
+    if cfg.token_pruner == "ppl-keep-low":
+        return baselines.lowest_ppl_tokens(nll, loss_mask, ratio)
+    if cfg.token_pruner == "ppl-keep-high":
+        return baselines.highest_ppl_tokens(nll, loss_mask, ratio)
+    if cfg.token_pruner == "fastv":
+        return baselines.fastv_tokens(attention, loss_mask, ratio)
+    if cfg.token_pruner == "sparsevlm-text":
+        return baselines.sparsevlm_text_tokens(attention, loss_mask, ratio)
+    if cfg.token_pruner == "rho1":
+        reference = torch.zeros_like(nll)
+        reference[loss_mask] = side
+        return baselines.rho1_tokens(nll, reference, loss_mask, ratio)
+    if cfg.token_pruner in CLEANING_PRUNERS:
+        return torch.zeros_like(loss_mask).masked_scatter(loss_mask, side)
     return loss_mask
 
 
@@ -397,7 +565,7 @@ def train(cfg: Config) -> None:
     # Rows and schedule. The stream of reshuffled epochs is cut into global batches; less than one may be left over.
     tokenizer = TextTokenizer.from_pretrained(cfg.model)
     samples, skipped = load_samples(cfg.data, tokenizer, cfg.template, cfg.max_length, cfg.skip_bad_rows)
-    answer_lengths = [sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in samples]
+    answer_lengths = [num_answer_tokens(sample) for sample in samples]
     global_batch = cfg.micro_batch * cfg.grad_accum * world
     schedule_steps = int(cfg.epochs * len(samples)) // global_batch
     if schedule_steps < 1:
@@ -411,8 +579,16 @@ def train(cfg: Config) -> None:
             f"--prune-batch must be a multiple of --micro-batch {cfg.micro_batch}, at most the {global_batch} "
             f"samples of a step, got {cfg.prune_batch}"
         )
-    if cfg.sample_pruner != "none":  # refuse a budget of no sample before anything is loaded or written
-        num_samples_to_keep(cfg.sample_keep_ratio, global_batch % cfg.prune_batch or cfg.prune_batch)
+    per_step, per_epoch, note = global_batch, range(len(samples)), ""  # what a step takes of the stream, and whence
+    if cfg.sample_pruner not in ("none", "infobatch-official"):  # refuse a budget of no sample before writing anything
+        batches = [min(cfg.prune_batch, global_batch - start) for start in range(0, global_batch, cfg.prune_batch)]
+        budget = sum(num_samples_to_keep(cfg.sample_keep_ratio, size) for size in batches)
+    if cfg.sample_pruner in SCORES_OF:
+        per_step, (per_epoch, note) = budget, choose_rows(cfg, samples)
+    elif cfg.sample_pruner == "infobatch":
+        per_step = budget
+    side = token_side_scores(cfg, samples, per_epoch)
+    pool = Pool(per_epoch, [1.0] * len(per_epoch))
 
     # Model and optimizer. Full fine-tuning keeps fp32 weights under autocast; LoRA puts fp32 adapters on a bf16 base.
     base_dtype = torch.bfloat16 if bf16 and cfg.lora_rank else torch.float32
@@ -429,16 +605,25 @@ def train(cfg: Config) -> None:
     if world > 1:
         dist.broadcast_object_list(found)
     out, first_step = Path(cfg.out), 1
+    if cfg.sample_pruner == "infobatch-official":  # all alike, so that the first epoch is whole
+        pool.row_loss = torch.zeros(len(samples))
+    elif cfg.sample_pruner == "infobatch" and not found[0]:  # a pass over all rows: at small budgets few are ever seen
+        pool = draw_epoch(cfg, 0, first_losses(model, samples, cfg, rank, world, device, autocast))
     if found[0]:
         state = torch.load(found[0], map_location=device, weights_only=True)
         for name, parameter in trainable.items():
             parameter.data.copy_(state["trainable"][name])
         optimizer.load_state_dict(state["optimizer"])
         first_step = state["step"] + 1
+        if "infobatch" in state:
+            pool = Pool(**state["infobatch"])
+            pool.row_loss = pool.row_loss.cpu()
     if rank == 0:
         for log in ("metrics.jsonl", "selection.jsonl"):
             cut_log(out / log, first_step - 1)
         print(f"{len(samples)} rows ({skipped} skipped), {last_step} steps of {global_batch}, {world} x {cfg.device}")
+        if note:
+            print(note)
         context = model.config.max_position_embeddings
         too_long = sum(len(sample.input_ids) > context for sample in samples)
         if too_long:
@@ -452,37 +637,50 @@ def train(cfg: Config) -> None:
         for j in range(rank, cfg.grad_accum * world, world)
         for place in range(j * cfg.micro_batch, (j + 1) * cfg.micro_batch)
     ]
+    if per_step < global_batch:  # chosen ahead, and all of them kept
+        mine = list(range(rank, per_step, world))
     on_terminal = sys.stderr.isatty()
     steps = range(first_step, last_step + 1)
     bar = tqdm(steps, desc="train", initial=first_step - 1, total=last_step, disable=rank > 0 or not on_terminal)
     for step in bar:
         started = time.perf_counter()
-        order = stream_order(len(samples), (step - 1) * global_batch, step * global_batch, cfg.seed)
+        order, weights, pool = take(cfg, pool, (step - 1) * per_step, step * per_step)
 
         # Stage 1. Every rank sees every sample's score, and so makes the same choice.
         scored, nll, ppl, ent = [], None, None, None
-        if cfg.sample_pruner == "qtuning":
+        if cfg.sample_pruner in ("qtuning", "entropy"):
             scored = mine
             nll, entropy, loss_mask = score(model, [samples[order[i]] for i in scored], cfg.pass_tokens, autocast)
             ppl = gather(sample_perplexity(nll, loss_mask), cfg, world, device)
             ent = gather(sample_entropy(entropy, loss_mask), cfg, world, device)
-        chosen = choose_samples(cfg, step, global_batch, ppl, ent)
+        if pool.row_loss is not None or cfg.sample_pruner in SCORES_OF:
+            chosen = [every_sample(per_step, torch.tensor(weights) > 0)]
+        else:
+            chosen = choose_samples(cfg, step, per_step, ppl, ent)
         keep, trim = (torch.cat([getattr(c, name) for c in chosen]).tolist() for name in ("keep", "prune_tokens"))
 
         # Stage 2, on this rank's kept samples.
         kept_places = [place for place in mine if keep[place]]
-        if cfg.token_pruner == "qtuning" and nll is None and kept_places:
+        if cfg.token_pruner in NLL_PRUNERS and nll is None and kept_places:
             scored = kept_places
             nll, _, _ = score(model, [samples[order[i]] for i in scored], cfg.pass_tokens, autocast)
-        kept_samples, kept_tokens = [], {}
+        attention, looked_at = None, [place for place in kept_places if trim[place]]
+        if cfg.token_pruner in ATTENTION_PRUNERS and looked_at:
+            rows = [samples[order[i]] for i in looked_at]
+            attention = attention_score(model, rows, cfg.token_pruner, cfg.pass_tokens, autocast)
+        kept_samples, kept_tokens, trained = [], {}, []
         for place in kept_places:
             sample = samples[order[place]]
             tokens = torch.tensor([sample.labels[1:]]) != IGNORE_INDEX  # (1, T)
             if trim[place]:
-                row_nll = None if nll is None else nll[scored.index(place), None, : tokens.shape[1]]
-                tokens = choose_tokens(cfg, step, place, row_nll, tokens)
-            kept_samples.append(pruned_sample(sample, tokens[0], cfg.token_pruning))
+                width = tokens.shape[1]
+                row_nll = None if nll is None else nll[scored.index(place), None, :width]
+                row_attention = None if attention is None else attention[looked_at.index(place), None, :width]
+                tokens = choose_tokens(cfg, step, place, tokens, row_nll, row_attention, side.get(order[place]))
             kept_tokens[place] = tokens[0]
+            if bool(tokens.any()):  # tokencleaning-global may leave a row nothing
+                kept_samples.append(pruned_sample(sample, tokens[0], cfg.token_pruning))
+                trained.append(place)
         num_kept = int(reduce_sum(sum(int(tokens.sum()) for tokens in kept_tokens.values()), world, device))
         selected = time.perf_counter()
 
@@ -490,31 +688,36 @@ def train(cfg: Config) -> None:
         lr = cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / schedule_steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        passes = length_batches([len(s.input_ids) for s in kept_samples], cfg.pass_tokens)
-        batches = [[kept_samples[i] for i in rows] for rows in passes] or [[NOTHING]]
-        loss_sum = 0.0
-        for i, batch in enumerate(batches):
-            waits = world > 1 and i + 1 < len(batches)  # ranks exchange gradients once a step, on the last pass
+        passes = length_batches([len(s.input_ids) for s in kept_samples], cfg.pass_tokens) or [[]]
+        loss_sum, seen_losses = 0.0, []
+        for i, rows in enumerate(passes):
+            waits = world > 1 and i + 1 < len(passes)  # ranks exchange gradients once a step, on the last pass
+            row_weights = torch.tensor([weights[trained[row]] for row in rows] or [1.0], device=device)
             with token_loss.no_sync() if waits else nullcontext():
                 with autocast:
-                    loss = token_loss(*collate(batch, device))
-                (loss * (world / num_kept)).backward()  # DDP takes the mean over ranks
+                    row_nll = token_loss(*collate([kept_samples[row] for row in rows] or [NOTHING], device))
+                loss = (row_nll * row_weights).sum()
+                (loss * (world / max(num_kept, 1))).backward()  # DDP takes the mean over ranks
             loss_sum += loss.item()
+            if pool.row_loss is not None:
+                for row, nll_sum in zip(rows, row_nll.tolist(), strict=False):  # NOTHING stands for no row
+                    place = trained[row]
+                    seen_losses.append((place, order[place], nll_sum / int(kept_tokens[place].sum())))
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
-        loss_mean = reduce_sum(loss_sum, world, device) / num_kept
+        loss_mean = reduce_sum(loss_sum, world, device) / max(num_kept, 1)
         if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
             raise ValueError(f"step {step}: loss is {loss_mean} and its gradient's norm {grad_norm}; try a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
+        if pool.row_loss is not None:
+            for _, row, loss in sorted(gather_lists(seen_losses, world)):
+                pool.row_loss[row] = loss
 
         if cfg.log_selection:
             records = describe_selection(step, mine, order, samples, chosen, ppl, ent, kept_tokens)
-            gathered = [records]
-            if world > 1:
-                gathered = [None] * world if rank == 0 else None
-                dist.gather_object(records, gathered)
+            records = gather_lists(records, world)
             if rank == 0:
-                rows = sorted((record for part in gathered for record in part), key=lambda record: record["place"])
+                rows = sorted(records, key=lambda record: record["place"])
                 append_json(out / "selection.jsonl", {"step": step, "samples": rows})
         if rank == 0:
             metrics = {
@@ -525,17 +728,18 @@ def train(cfg: Config) -> None:
                 **selection_counts(chosen),
                 "answer_tokens_seen": sum(answer_lengths[i] for i in order),
                 "answer_tokens_kept": num_kept,
+                "weight_sum": sum(weight for weight, kept in zip(weights, keep, strict=True) if kept),
                 "score_s": selected - started,
                 "train_s": time.perf_counter() - selected,
                 "peak_mem_gib": peak_mem_gib(device),
             }
             append_json(out / "metrics.jsonl", metrics)
-            line = {"loss": f"{loss_mean:.3f}", "kept": f"{metrics['samples_kept']}/{global_batch}", "tokens": num_kept}
+            line = {"loss": f"{loss_mean:.3f}", "kept": f"{metrics['samples_kept']}/{per_step}", "tokens": num_kept}
             bar.set_postfix(line)
             if not on_terminal:
                 print(f"step {step}/{last_step}", *(f"{name} {value}" for name, value in line.items()), flush=True)
             if step % cfg.save_every == 0 or step == last_step:
-                save_checkpoint(out, step, trainable, optimizer)
+                save_checkpoint(out, step, trainable, optimizer, pool)
     if rank == 0:
         if cfg.lora_rank:
             save_adapter(model, out / "adapter")
@@ -557,6 +761,29 @@ def gather(local: Tensor, cfg: Config, world: int, device: torch.device) -> Tens
     dist.all_gather(parts, local.to(device))
     by_rank = torch.stack(parts).view(world, cfg.grad_accum, cfg.micro_batch)
     return by_rank.transpose(0, 1).flatten().cpu()
+
+
+def gather_lists(local: list, world: int) -> list:
+    """The lists of all ranks, one behind the other."""
+    if world == 1:
+        return local
+    parts = [None] * world
+    dist.all_gather_object(parts, local)
+    return [item for part in parts for item in part]
+
+
+def first_losses(
+    model: Transformer, samples: list[Sample], cfg: Config, rank: int, world: int, device: torch.device, autocast
+) -> Tensor:
+    """Every row's mean NLL before training, (N,), for InfoBatch: the one pass over all rows that it takes here."""
+    losses = torch.zeros(len(samples), dtype=torch.float64)
+    chunks, every = list(chunks_of(range(rank, len(samples), world), 256)), 0.1 if sys.stderr.isatty() else 30
+    for rows in tqdm(chunks, desc="losses of all rows", delay=2, disable=rank > 0, mininterval=every):
+        losses[list(rows)] = mean_nll(model, [samples[i] for i in rows], cfg.pass_tokens, autocast).double()
+    if world > 1:
+        losses = losses.to(device)
+        dist.all_reduce(losses)
+    return losses.cpu()
 
 
 def reduce_sum(value: float, world: int, device: torch.device) -> float:
@@ -586,12 +813,15 @@ def describe_selection(step, places, order, samples, chosen, ppl, ent, kept_toke
     return records
 
 
-def save_checkpoint(out: Path, step: int, trainable: dict[str, nn.Parameter], optimizer) -> None:
-    """What --resume needs: the weights that train, the optimizer, and how many steps are done."""
+def save_checkpoint(out: Path, step: int, trainable: dict[str, nn.Parameter], optimizer, pool: Pool) -> None:
+    """What --resume needs: the weights that train, the optimizer, how many steps are done, InfoBatch's rows."""
     folder = out / "checkpoint"
     folder.mkdir(exist_ok=True)
     weights = {name: parameter.detach() for name, parameter in trainable.items()}
     state = {"step": step, "trainable": weights, "optimizer": optimizer.state_dict()}
+    if pool.row_loss is not None:
+        state["infobatch"] = {name: getattr(pool, name) for name in ("rows", "weights", "epoch", "row_loss")}
+        state["infobatch"]["rows"] = list(pool.rows)
     torch.save(state, folder / "state.pt.tmp")
     os.replace(folder / "state.pt.tmp", folder / "state.pt")
 

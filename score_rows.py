@@ -1,0 +1,519 @@
+"""What a model says about rows: the passes that train.py makes at every step, and those made once before it.
+
+    python score_rows.py WHAT --model DIR [--adapter DIR] --data FILE --scores DIR
+
+writes DIR/WHAT.jsonl, one object a row, for `train.py --scores DIR`:
+
+    base_nll        {"id", "base_nll": [nats of each answer token]}       tokencleaning
+    reference_nll   the same, of a model tuned on trusted rows            rho1, tokencleaning
+    rating          {"id", "rating": 0 to 5}, a local model's digits      alpagasus, ds2
+    complexity      {"id", "complexity": 1 to 6}, of the request          deita
+    quality         {"id", "quality": 1 to 6}, of the answer              deita
+    cond_gain       {"id", "cond_gain": nats a token}                     cond-gain
+    embedding       {"id", "embedding": base64 of fp16}                   deita, ds2
+    less            {"id", "less": -1 to 1}                               less
+
+Rows are read a chunk at a time and each chunk is appended when it is done, so that a run that was cut goes on where
+it stopped and holds no more than a chunk; DIR/WHAT.json says what the file was made with. A side file may as well
+come from elsewhere: only "id" and the field count. Ids are the rows' own, or their place in the file from 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from baselines import adam_direction, count_sketch, influence, received_attention, sparsevlm_text_score
+from data.sft import Sample, collate, length_batches, load_samples, read_rows, resolve_template, to_messages
+from data.tokenizer import TextTokenizer
+from model import Transformer, load_adapter
+from qtuning import IGNORE_INDEX, token_nll_and_entropy
+
+HEAD_ROWS = 512  # answer tokens whose logits exist at once: the head makes no (B, T, V) tensor
+CHUNK = 256  # rows scored between two writes
+
+# -------------------------------------------------------------------------- passes over a list of samples
+
+
+@torch.no_grad()
+def score(model: Transformer, samples: list[Sample], pass_tokens: int, autocast) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL and predictive entropy of every answer token, with the current weights (choice C18).
+
+    Returns:
+        nll, token_entropy (N, T) float32 and loss_mask (N, T) bool on the CPU; T is the longest row less one,
+        since column t belongs to the token after input_ids[t].
+    """
+    model.eval()
+    shape = len(samples), max(len(s.input_ids) for s in samples) - 1
+    nll, entropy, loss_mask = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+    for rows in length_batches([len(s.input_ids) for s in samples], pass_tokens):
+        input_ids, labels = collate([samples[i] for i in rows], model.lm_head.weight.device)
+        trainable = labels != IGNORE_INDEX
+        with autocast:
+            hidden = model.hidden_states(input_ids)[trainable]  # (answer tokens, H)
+            chunks = zip(hidden.split(HEAD_ROWS), labels[trainable].split(HEAD_ROWS), strict=True)
+            parts = [token_nll_and_entropy(model.lm_head(h), y) for h, y in chunks]
+        width = labels.shape[1]
+        for table, values in zip((nll, entropy), zip(*parts, strict=True), strict=True):
+            block = torch.zeros(labels.shape, device=labels.device)
+            block[trainable] = torch.cat(values)
+            table[rows, :width] = block.cpu()
+        loss_mask[rows, :width] = trainable.cpu()
+    model.train()
+    return nll, entropy, loss_mask
+
+
+@torch.no_grad()
+def attention_score(model: Transformer, samples: list[Sample], token_pruner: str, pass_tokens: int, autocast) -> Tensor:
+    """The score of `fastv` or `sparsevlm-text` for every token, in the last layer of the current model.
+
+    Returns:
+        (N, T) float32 on the CPU; as in `score`, column t belongs to the token after input_ids[t].
+    """
+    model.eval()
+    table = torch.zeros(len(samples), max(len(s.input_ids) for s in samples) - 1)
+    for rows in length_batches([len(s.input_ids) for s in samples], pass_tokens):
+        input_ids, answer, attended = whole_rows([samples[i] for i in rows], model.lm_head.weight.device)
+        with autocast:
+            queries, keys, hidden = model.queries_and_keys(input_ids)
+        if token_pruner == "fastv":
+            values = received_attention(queries, keys, attended)
+        else:
+            values = sparsevlm_text_score(queries, keys, hidden, attended, answer)
+        table[rows, : input_ids.shape[1] - 1] = values[:, 1:].cpu()
+    model.train()
+    return table
+
+
+def whole_rows(samples: list[Sample], device: str | torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples as one batch, padded on the right and not shifted.
+
+    Returns: input_ids (B, L) int64; answer (B, L) bool, the tokens with a label; attended (B, L) bool, all tokens.
+    """
+    lengths = torch.tensor([len(s.input_ids) for s in samples])
+    input_ids = torch.zeros(len(samples), int(lengths.max()), dtype=torch.long)
+    answer = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
+        answer[row, : len(sample.labels)] = torch.tensor(sample.labels) != IGNORE_INDEX
+    attended = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    return input_ids.to(device), answer.to(device), attended.to(device)
+
+
+@torch.no_grad()
+def embed(model: Transformer, samples: list[Sample], pass_tokens: int, autocast) -> Tensor:
+    """The mean of a row's last hidden states, prompt and answer: (N, H) float32 on the CPU.
+
+    DEITA takes the last token's and DS2 the mean of a sentence encoder's; this one serves both.
+    """
+    model.eval()
+    means = torch.zeros(len(samples), model.config.hidden_size)
+    for rows in length_batches([len(s.input_ids) for s in samples], pass_tokens):
+        input_ids, _, attended = whole_rows([samples[i] for i in rows], model.lm_head.weight.device)
+        with autocast:
+            hidden = model.hidden_states(input_ids)
+        hidden = hidden.float() * attended[..., None]
+        means[rows] = (hidden.sum(dim=1) / attended.sum(dim=1, keepdim=True)).cpu()
+    return means
+
+
+def mean_nll(model: Transformer, samples: list[Sample], pass_tokens: int, autocast) -> Tensor:
+    """(N,) float32, nats a token of each answer."""
+    nll, _, loss_mask = score(model, samples, pass_tokens, autocast)
+    return nll.sum(dim=-1) / loss_mask.sum(dim=-1)
+
+
+def without_prompt(sample: Sample) -> Sample:
+    """The answer alone, behind the row's first token."""
+    pairs = list(zip(sample.input_ids, sample.labels, strict=True))
+    pairs = pairs[:1] + [pair for pair in pairs[1:] if pair[1] != IGNORE_INDEX]
+    return dataclasses.replace(sample, input_ids=[i for i, _ in pairs], labels=[y for _, y in pairs])
+
+
+# ------------------------------------------------------------------------- a local model's digits as a rating
+
+SCALES = {  # what is asked -> its digits and the question, in words of our own
+    "rating": (
+        range(6),
+        "Here are a request and an answer to it.\n\nRequest:\n{request}\n\nAnswer:\n{answer}\n\nHow correct and "
+        "helpful is this answer? Reply with one digit, from 0 (wrong or useless) to 5 (right and complete).",
+    ),
+    "complexity": (
+        range(1, 7),
+        "Here is a request.\n\nRequest:\n{request}\n\nHow demanding is it? Reply with one digit, from 1 (very easy) "
+        "to 6 (very demanding).",
+    ),
+    "quality": (
+        range(1, 7),
+        "Here are a request and an answer to it.\n\nRequest:\n{request}\n\nAnswer:\n{answer}\n\nHow good is this "
+        "answer? Reply with one digit, from 1 (very poor) to 6 (excellent).",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DigitQuestion:
+    """How to ask a model for one digit, and which token ids answer.
+
+    Attributes:
+        tail:      tokens that the template puts behind the digit.
+        digit_ids: the id of each digit of the scale, in order.
+    """
+
+    text: str
+    digits: tuple[int, ...]
+    tail: int
+    digit_ids: tuple[int, ...]
+    render: Callable
+    tokenizer: TextTokenizer
+
+    @classmethod
+    def of(cls, what: str, template: str, tokenizer: TextTokenizer) -> DigitQuestion:
+        """Find where the digit stands in an answer under this template.
+
+        Raises:
+            ValueError: the tokenizer does not give each digit one token of its own there.
+        """
+        digits, text = SCALES[what]
+        render = resolve_template(template, tokenizer)
+        rows = [_conversation_ids(render, tokenizer, text, str(digit)) for digit in digits]
+        differ = {at for row in rows for at in range(len(row)) if len(row) != len(rows[0]) or row[at] != rows[0][at]}
+        if len(differ) != 1:
+            raise ValueError(
+                f"{what}: the tokenizer does not give each of the digits {list(digits)} one token of its own"
+            )
+        (at,) = differ
+        return cls(text, tuple(digits), len(rows[0]) - 1 - at, tuple(row[at] for row in rows), render, tokenizer)
+
+    def prompt(self, messages: list[dict], max_length: int) -> list[int]:
+        """Token ids up to where the digit comes; a long row loses its middle. Turns of one side are joined."""
+        request, answer = (
+            "\n\n".join(m["content"] for m in messages if (m["role"] == "assistant") == side) for side in (False, True)
+        )
+        filled = self.text.replace("{answer}", answer).replace("{request}", request)
+        ids = _conversation_ids(self.render, self.tokenizer, filled, str(self.digits[0]))[: -1 - self.tail]
+        half = max_length // 2
+        return ids if len(ids) <= max_length else ids[:half] + ids[-half:]
+
+
+def _conversation_ids(render: Callable, tokenizer: TextTokenizer, question: str, answer: str) -> list[int]:
+    turns = render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    pieces = [piece for turn in turns for side in turn for piece in side]
+    return [i for piece in pieces for i in ([piece] if isinstance(piece, int) else tokenizer.encode_plain(piece))]
+
+
+@torch.no_grad()
+def rate(
+    model: Transformer, prompts: list[list[int]], question: DigitQuestion, pass_tokens: int, autocast
+) -> tuple[Tensor, Tensor]:
+    """The digit that the model expects to say: sum_d d * p(d | it says a digit), and the mass of all the digits.
+
+    Returns: (N,) float32 each, on the CPU.
+    """
+    model.eval()
+    device = model.lm_head.weight.device
+    digits, ids = torch.tensor(question.digits, dtype=torch.float32), torch.tensor(question.digit_ids, device=device)
+    rating, mass = torch.zeros(len(prompts)), torch.zeros(len(prompts))
+    for rows in length_batches([len(p) for p in prompts], pass_tokens):
+        last = torch.tensor([len(prompts[i]) - 1 for i in rows], device=device)
+        padded = [prompts[i] + [0] * (len(prompts[rows[0]]) - len(prompts[i])) for i in rows]  # longest first
+        with autocast:
+            hidden = model.hidden_states(torch.tensor(padded, device=device))
+            logits = model.lm_head(hidden[torch.arange(len(rows), device=device), last]).float()
+        p = logits.softmax(dim=-1)[:, ids].cpu()
+        mass[rows] = p.sum(dim=-1)
+        rating[rows] = (p @ digits) / p.sum(dim=-1)
+    return rating, mass
+
+
+def swap_test(model, question: DigitQuestion, rows: list[list[dict]], max_length: int, pass_tokens, autocast) -> dict:
+    """Does the model rate a row's own answer above its neighbour's? Share of wins (a tie is half), mass of the digits.
+
+    A rater that does not tell them apart gives noise, however smooth.
+    """
+    swapped = [[*row[:-1], other[-1]] for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
+    (own, mass), (other, _) = (
+        rate(model, [question.prompt(row, max_length) for row in part], question, pass_tokens, autocast)
+        for part in (rows, swapped)
+    )
+    wins = (own > other).float() + 0.5 * (own == other).float()
+    return {"swap_test_rows": len(rows), "swap_test_wins": wins.mean().item(), "digit_mass": mass.mean().item()}
+
+
+# --------------------------------------------------------------------------------------------- LESS
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """LESS's features at one checkpoint of a LoRA run: whose gradients, Adam's moments, and the projection."""
+
+    parameters: list[torch.nn.Parameter]
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    buckets: Tensor
+    signs: Tensor
+    size: int
+
+    @classmethod
+    def of(cls, model: Transformer, run: Path, size: int) -> Sketch:
+        """Load the adapter of the LoRA run in the folder `run` into `model`, and the moments of its checkpoint.
+
+        Raises:
+            FileNotFoundError: no adapter or no checkpoint there.
+            ValueError: the checkpoint is not of this adapter.
+        """
+        load_adapter(model, run / "adapter")
+        model.eval()
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        file = run / "checkpoint" / "state.pt"
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: not found; --warmup must be the folder of a train.py LoRA run")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if list(state["trainable"]) != list(named):
+            raise ValueError(f"{file}: its trained parameters are not those of {run / 'adapter'}")
+        device = model.lm_head.weight.device
+        moments = state["optimizer"]["state"]  # keyed by place in the list of trained parameters
+        exp_avg, exp_avg_sq = (
+            torch.cat([moments[i][name].flatten() for i in range(len(named))]).to(device)
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+        generator = torch.Generator().manual_seed(0)  # rows and targets must be projected alike
+        buckets = torch.randint(size, (len(exp_avg),), generator=generator).to(device)
+        signs = (torch.randint(2, (len(exp_avg),), generator=generator) * 2 - 1).to(device)
+        return cls(list(named.values()), exp_avg, exp_avg_sq, buckets, signs, size)
+
+    def feature(self, model: Transformer, sample: Sample, autocast, *, adam: bool) -> Tensor:
+        """The projected gradient (size,) of a row's mean answer NLL; with `adam`, of the step that Adam makes it."""
+        input_ids, labels = collate([sample], model.lm_head.weight.device)
+        with autocast:
+            hidden = model.hidden_states(input_ids)[labels != IGNORE_INDEX]
+            loss = F.cross_entropy(model.lm_head(hidden).float(), labels[labels != IGNORE_INDEX])
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.parameters)]).float()
+        if adam:
+            gradient = adam_direction(gradient, self.exp_avg, self.exp_avg_sq)
+        return count_sketch(gradient, self.buckets, self.signs, self.size).cpu()
+
+
+# --------------------------------------------------------------------------------------------- side files
+
+
+def read_side_file(folder: str | Path, field: str, convert: Callable = float) -> dict[str, object]:
+    """id -> value of FOLDER/FIELD.jsonl, each value through `convert`, line by line.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line without the id or a value that converts, by file and line.
+    """
+    path, values = Path(folder) / f"{field}.jsonl", {}
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; `python score_rows.py {field}` writes it")
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            try:
+                row = json.loads(raw)
+                values[str(row["id"])] = convert(row[field])
+            except (ValueError, TypeError, KeyError) as error:
+                got = raw[:80].decode("utf-8", "replace").strip()
+                raise ValueError(f"{path}:{line}: expected an object with 'id' and {field!r}, got {got}") from error
+    return values
+
+
+def rows_by_id(path: str | Path) -> dict[str, dict]:
+    """The rows of a data file by the id that their scores go by.
+
+    Raises:
+        ValueError: two rows of one id: a score could not tell them apart.
+    """
+    rows = {}
+    for number, (_, row) in enumerate(read_rows(path)):
+        if isinstance(row, dict):
+            row_id = str(number if row.get("id") is None else row["id"])
+            if row_id in rows:
+                raise ValueError(f"{path}: two rows have the id {row_id!r}; scores go by id, so each needs its own")
+            rows[row_id] = row
+    return rows
+
+
+def row_values(field: str, ids: list[str], data: str, scores: str | None) -> list[float | None]:
+    """Each row's number: the data file's own field, else the side file's, else None."""
+    rows, side = rows_by_id(data), {}
+    if not all(rows[i].get(field) is not None for i in ids):
+        if scores is None:
+            raise ValueError(f"{data}: not every row has the field {field!r}; give --scores with a {field}.jsonl")
+        side = read_side_file(scores, field)
+    try:
+        return [float(rows[i][field]) if rows[i].get(field) is not None else side.get(i) for i in ids]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{data}: the field {field!r} must be a number ({error})") from error
+
+
+def encode_vector(vector: Tensor) -> str:
+    return base64.b64encode(vector.to(torch.float16).numpy().tobytes()).decode("ascii")
+
+
+def decode_vector(text: str) -> Tensor:
+    return torch.from_numpy(numpy.frombuffer(base64.b64decode(text), dtype=numpy.float16).copy())
+
+
+def open_side_file(folder: Path, what: str, settings: dict) -> set[str]:
+    """Start DIR/WHAT.jsonl, or find which ids it holds; a line that was cut off is taken out.
+
+    Raises:
+        ValueError: it was made with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, about = folder / f"{what}.jsonl", folder / f"{what}.json"
+    if not about.exists():
+        if path.exists():
+            raise ValueError(f"{path} exists and was not made here (no {about.name}); give another --scores folder")
+        write_json(about, {"settings": settings})
+    before = json.loads(about.read_text(encoding="utf-8"))["settings"]
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise ValueError(f"{path} was made with {key} {before.get(key)!r}, got {value!r}; give another --scores")
+    if not path.exists():
+        return set()
+    whole, _, cut = path.read_bytes().rpartition(b"\n")
+    if cut:
+        os.truncate(path, len(whole) + 1 if whole else 0)
+    return set(read_side_file(folder, what, convert=lambda value: None))
+
+
+def write_json(path: Path, value: dict) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+# ---------------------------------------------------------------------------------------------- command
+
+
+def values_of(args, model: Transformer, tokenizer: TextTokenizer, autocast) -> tuple[Callable, dict]:
+    """The function from a list of samples to their JSON values, and what is worth telling about it."""
+    what, tokens = args.what, args.pass_tokens
+    if what in ("base_nll", "reference_nll"):
+
+        def nll(samples):
+            values, _, mask = score(model, samples, tokens, autocast)
+            # float32's shortest text, so that what is read is what was written
+            return [[float(str(v)) for v in row[kept].numpy()] for row, kept in zip(values, mask, strict=True)]
+
+        return nll, {}
+    if what == "cond_gain":
+
+        def gain(samples):
+            alone = mean_nll(model, [without_prompt(s) for s in samples], tokens, autocast)
+            return (alone - mean_nll(model, samples, tokens, autocast)).tolist()
+
+        return gain, {}
+    if what == "embedding":
+        return lambda samples: [encode_vector(v) for v in embed(model, samples, tokens, autocast)], {}
+    if what == "less":
+        sketch = Sketch.of(model, Path(args.warmup), args.sketch_size)
+        targets = []
+        for path in args.targets:
+            rows = load_samples(path, tokenizer, args.template, args.max_length)[0]
+            targets.append(torch.stack([sketch.feature(model, row, autocast, adam=False) for row in rows]))
+
+        def less(samples):
+            rows = torch.stack([sketch.feature(model, s, autocast, adam=True) for s in samples])
+            return influence(rows, targets).tolist()
+
+        return less, {"targets": [len(rows) for rows in targets]}
+
+    question, rows = DigitQuestion.of(what, args.template, tokenizer), rows_by_id(args.data)
+
+    def digits(samples):
+        prompts = [question.prompt(to_messages(rows[s.id]), args.max_length) for s in samples]
+        return rate(model, prompts, question, tokens, autocast)[0].tolist()
+
+    told = {}
+    if what != "complexity":  # which looks at no answer
+        some = [to_messages(row) for row in list(rows.values())[:64]]
+        told = swap_test(model, question, some, args.max_length, tokens, autocast)
+        print(f"{what}: own answers beat swapped ones in {told['swap_test_wins']:.0%} of {len(some)} rows; ", end="")
+        print(f"digits hold {told['digit_mass']:.0%} of the probability")
+        if told["swap_test_wins"] < 0.6 or told["digit_mass"] < 0.5:
+            print(f"warning: this model is no rater; what it writes as {what} is close to noise", file=sys.stderr)
+    return digits, told
+
+
+def score_file(args) -> None:
+    """Score what is not scored yet, chunk by chunk."""
+    if args.what == "less" and not (args.warmup and args.targets):
+        raise ValueError("less needs --warmup RUN and --targets FILE ...")
+    device = "cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu"
+    bf16 = device == "cuda" and args.what != "less"
+    autocast = torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext()
+    tokenizer = TextTokenizer.from_pretrained(args.model)
+    samples, _ = load_samples(args.data, tokenizer, args.template, args.max_length, args.skip_bad_rows)
+    rows_by_id(args.data)
+    folder = Path(args.scores)
+    keys = ("model", "adapter", "data", "template", "max_length")
+    keys += ("warmup", "targets", "sketch_size") if args.what == "less" else ()
+    done = open_side_file(folder, args.what, {key: getattr(args, key) for key in keys})
+    todo = [sample for sample in samples if sample.id not in done]
+    print(f"{args.what}: {len(samples)} rows, {len(samples) - len(todo)} of them scored already")
+    if not todo:
+        return
+    model = Transformer.from_pretrained(args.model, device=device)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    values, told = values_of(args, model, tokenizer, autocast)
+    if told:
+        about = folder / f"{args.what}.json"
+        write_json(about, json.loads(about.read_text(encoding="utf-8")) | told)
+    bar = tqdm(total=len(todo), desc=args.what, unit="row", delay=2, mininterval=0.1 if sys.stderr.isatty() else 30)
+    with bar, (folder / f"{args.what}.jsonl").open("a", encoding="utf-8") as file:
+        for chunk in chunks_of(todo, CHUNK):
+            for sample, value in zip(chunk, values(chunk), strict=True):
+                file.write(json.dumps({"id": sample.id, args.what: value}) + "\n")
+            file.flush()
+            bar.update(len(chunk))
+
+
+def chunks_of(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="score_rows.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    whats = ("base_nll", "reference_nll", *SCALES, "cond_gain", "embedding", "less")
+    parser.add_argument("what", choices=whats, metavar="WHAT", help=", ".join(whats))
+    parser.add_argument("--model", required=True, help="checkpoint folder in Hugging Face layout")
+    parser.add_argument("--adapter", help="LoRA adapter on that model, in PEFT's layout")
+    parser.add_argument("--data", required=True, help="rows to score, .json or .jsonl")
+    parser.add_argument("--scores", required=True, help="folder of side files")
+    parser.add_argument("--template", default="auto", help="chat template, as in train.py [auto]")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row at most, as in train.py [2048]")
+    parser.add_argument("--warmup", help="less: folder of a train.py LoRA run, for its adapter and Adam's moments")
+    parser.add_argument("--targets", nargs="+", help="less: rows of training splits, one file for each target task")
+    parser.add_argument("--sketch-size", type=int, default=8192, help="less: numbers that a gradient becomes [8192]")
+    parser.add_argument("--pass-tokens", type=int, default=4096, help="padded tokens of one forward pass [4096]")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out")
+    try:
+        score_file(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"score_rows.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
