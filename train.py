@@ -288,9 +288,10 @@ def choose_rows(cfg: Config, samples: list[Sample]) -> tuple[list[int], str]:
         rows = baselines.ds2_rows(*columns, num_keep)
     else:
         rows = baselines.less_rows(*columns, num_keep)
-    if len(columns) == 1:
-        last = columns[0][rows].min()
-        note = f": {(columns[0][rows] == last).sum()} of the {(columns[0] == last).sum()} that share the last place"
+    ranked = {"longest": lengths, "drop-longest": -lengths}.get(name, columns[0] if len(columns) == 1 else None)
+    if ranked is not None:
+        last = ranked[rows].min()
+        note = f": {(ranked[rows] == last).sum()} of the {(ranked == last).sum()} that share the last place"
     return sorted(order[row] for row in rows.tolist()), f"{name} chose {num_keep} rows{note}"
 
 
@@ -714,7 +715,7 @@ def train(cfg: Config) -> None:
                 pool.row_loss[row] = loss
 
         if cfg.log_selection:
-            records = describe_selection(step, mine, order, samples, chosen, ppl, ent, kept_tokens)
+            records = describe_selection(step, mine, order, samples, chosen, ppl, ent, weights, kept_tokens)
             records = gather_lists(records, world)
             if rank == 0:
                 rows = sorted(records, key=lambda record: record["place"])
@@ -795,7 +796,7 @@ def reduce_sum(value: float, world: int, device: torch.device) -> float:
     return total.item()
 
 
-def describe_selection(step, places, order, samples, chosen, ppl, ent, kept_tokens) -> list[dict]:
+def describe_selection(step, places, order, samples, chosen, ppl, ent, weights, kept_tokens) -> list[dict]:
     """selection.jsonl: what was decided about each of these samples, and why."""
     names = ("quadrant", "keep", "backfilled", "prune_tokens")
     quadrant, keep, backfilled, trimmed = (torch.cat([getattr(c, name) for c in chosen]).tolist() for name in names)
@@ -808,6 +809,7 @@ def describe_selection(step, places, order, samples, chosen, ppl, ent, kept_toke
             record |= {"ppl": ppl[place].item(), "ent": ent[place].item()}
         if keep[place]:  # one digit for each answer token in order, 1 = in the loss
             answer = torch.tensor(sample.labels[1:]) != IGNORE_INDEX
+            record |= {"weight": weights[place]} if weights[place] != 1 else {}
             record["tokens"] = "".join(str(int(kept)) for kept in kept_tokens[place][answer])
         records.append(record)
     return records

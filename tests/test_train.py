@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import qtuning
+import score_rows
 import train
 from baselines import every_sample, random_samples, random_tokens
 from data.sft import Sample, load_samples, stream_order
@@ -34,6 +35,23 @@ def run(checkpoint, rows, out, *flags, ranks=1):
         done = subprocess.run([*launch, str(ROOT / "train.py"), *argv], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def side(checkpoint, rows, tmp_path_factory):
+    """Every side file, by the commands that write them."""
+    folder = tmp_path_factory.mktemp("side")
+    other = Transformer.from_pretrained(checkpoint)
+    with torch.no_grad():
+        for number, parameter in enumerate(other.parameters()):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    other.save_pretrained(folder / "other")
+    run(checkpoint, rows, folder / "warmup", "--lora-rank", "2", "--sample-pruner", "none", "--max-steps", "2")
+    extra = {"less": ["--warmup", folder / "warmup", "--targets", rows], "reference_nll": ["--model", folder / "other"]}
+    for what in ("base_nll", "reference_nll", *score_rows.SCALES, "cond_gain", "embedding", "less"):
+        argv = [what, "--model", checkpoint, "--data", rows, "--scores", folder, *extra.get(what, [])]
+        score_rows.main([str(arg) for arg in argv])
+    return folder
 
 
 def weights(out):
@@ -76,7 +94,16 @@ def plain_sft(checkpoint, samples, orders, total_steps):
 # --------------------------------------------------------------------------- the loop, against plain SFT
 
 
-@pytest.mark.parametrize("flags", [["none", "none", "1"], ["qtuning", "none", "1.0"], ["random", "qtuning", "1.0"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["none", "none", "1"],
+        ["qtuning", "none", "1.0"],
+        ["random", "qtuning", "1.0"],
+        ["longest", "fastv", "1.0"],
+        ["infobatch", "ppl-keep-high", "1.0"],
+    ],
+)
 def test_keeping_everything_is_plain_sft(checkpoint, rows, tmp_path, flags):
     samples, token = load_samples(rows, TextTokenizer.from_pretrained(checkpoint))[0], ["--token-keep-ratio", "1"]
     names = ["--sample-pruner", flags[0], "--token-pruner", flags[1], "--sample-keep-ratio", flags[2], *token]
@@ -214,31 +241,126 @@ def test_random_pruners_draw_the_same_on_more_ranks(checkpoint, rows, tmp_path):
     assert kept_ids(tmp_path / "1") != kept_ids(tmp_path / "other")
 
 
+def test_infobatch_draws_the_same_and_learns_the_same_losses_on_more_ranks(checkpoint, rows, tmp_path):
+    flags = ["--sample-pruner", "infobatch", "--token-pruner", "sparsevlm-text", "--max-steps", "6", "--log-selection"]
+    run(checkpoint, rows, tmp_path / "1", *flags)
+    run(checkpoint, rows, tmp_path / "2", *flags, "--grad-accum", "2", ranks=2)
+    assert kept_ids(tmp_path / "1") == kept_ids(tmp_path / "2")
+    assert_same_weights(tmp_path / "1", tmp_path / "2", rtol=1e-3, atol=2e-4)
+    one, two = (torch.load(tmp_path / n / "checkpoint" / "state.pt")["infobatch"]["row_loss"] for n in "12")
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+    assert len(one) == 40
+
+
 # ----------------------------------------------------------------------------------------------- budgets
 
 
 @given(st.sampled_from([0.25, 0.5, 0.75, 1.0]), st.sampled_from([0.0, 0.3, 0.5, 1.0]), st.data())
-@settings(max_examples=12)
-def test_every_pairing_meets_its_budget_in_every_step(checkpoint, rows, tmp_path_factory, samples, tokens, data):
-    sample_pruner = data.draw(st.sampled_from(["qtuning", "random", "none"]))
-    token_pruner = data.draw(st.sampled_from(["qtuning", "random", "none"]))
+@settings(max_examples=30)
+def test_every_pairing_meets_its_budget_in_every_step(checkpoint, rows, side, tmp_path_factory, samples, tokens, data):
+    sample_pruner = data.draw(st.sampled_from(train.SAMPLE_PRUNERS))
+    token_pruner = data.draw(st.sampled_from(train.TOKEN_PRUNERS))
     out = tmp_path_factory.mktemp("pair") / "run"
     flags = ["--sample-pruner", sample_pruner, "--sample-keep-ratio", str(samples), "--max-steps", "1"]
     flags += ["--token-pruner", token_pruner, "--token-keep-ratio", str(tokens), "--log-selection"]
-    (metrics,) = run(checkpoint, rows, out, *flags)
-    assert metrics["samples_seen"] == 16
-    assert metrics["samples_kept"] == (16 if sample_pruner == "none" else 4 * math.floor(samples * 4))
+    (metrics,) = run(checkpoint, rows, out, *flags, "--scores", str(side))
+    everything = sample_pruner in ("none", "infobatch-official")  # whose first epoch is whole
+    budget = 16 if everything else 4 * math.floor(samples * 4)
+    ahead = sample_pruner in (*train.SCORES_OF, "infobatch")
+    assert metrics["samples_kept"] == budget
+    assert metrics["samples_seen"] == (budget if ahead else 16)
+    if sample_pruner != "infobatch":
+        assert metrics["weight_sum"] == budget
     parts = sum(metrics[k] for k in ("kept_q2", "kept_q4", "backfilled_q2", "backfilled_q4"))
     assert parts == (metrics["samples_kept"] if sample_pruner == "qtuning" else 0)
     selected = json.loads((out / "selection.jsonl").read_text())["samples"]
     for sample in selected:
         if not sample["kept"]:
             assert "tokens" not in sample
+        elif sample["trimmed"] and token_pruner == "tokencleaning-global":
+            assert set(sample["tokens"]) <= set("01")
         elif sample["trimmed"] and token_pruner != "none":
             assert sample["tokens"].count("1") == max(1, math.floor(tokens * len(sample["tokens"]) + 1e-9))
         else:
             assert "0" not in sample["tokens"]
     assert metrics["answer_tokens_kept"] == sum(s.get("tokens", "").count("1") for s in selected)
+
+
+@pytest.mark.parametrize("pruner", [p for p in train.SAMPLE_PRUNERS if p not in ("none", "infobatch-official")])
+def test_every_sample_pruner_takes_the_steps_and_kept_samples_of_q_tuning(checkpoint, rows, side, tmp_path, pruner):
+    flags = ["--sample-pruner", pruner, "--token-pruner", "none", "--scores", str(side), "--prune-batch", "8"]
+    metrics = run(checkpoint, rows, tmp_path / "run", *flags, "--max-steps", "5", "--log-selection")
+    assert [(m["step"], m["samples_kept"]) for m in metrics] == [(step, 8) for step in range(1, 6)]
+    seen = [name for step in kept_ids(tmp_path / "run") for name, _ in step]
+    if pruner in (*train.SCORES_OF, "infobatch"):  # 40 kept samples: two epochs of the same, or of new, 20 rows
+        first, second = seen[:20], seen[20:]
+        assert len(set(first)) == len(set(second)) == 20
+        assert (set(first) == set(second)) == (pruner != "infobatch")
+        assert sum(m["weight_sum"] for m in metrics) == pytest.approx(40)
+
+
+def test_official_infobatch_leaves_out_half_of_the_rows_below_the_mean_loss(checkpoint, rows, tmp_path):
+    flags = ["--sample-pruner", "infobatch-official", "--token-pruner", "none", "--log-selection"]
+    metrics = run(checkpoint, rows, tmp_path / "run", *flags, "--epochs", "4")
+    steps = [json.loads(line) for line in (tmp_path / "run" / "selection.jsonl").read_text().splitlines()]
+    kept = [sample["kept"] for step in steps for sample in step["samples"]]
+    assert all(kept[:40]) and all(kept[120:])  # no losses yet; annealing
+    for epoch in (kept[40:80], kept[80:120]):
+        assert 20 <= sum(epoch) < 40
+    assert sum(m["weight_sum"] for m in metrics) == pytest.approx(sum(kept))  # a mean of 1 in every epoch
+
+
+def test_infobatch_weights_multiply_the_rows_token_sums(checkpoint, rows, tmp_path):
+    flags = ["--sample-pruner", "infobatch", "--token-pruner", "none", "--max-steps", "1", "--log-selection"]
+    (metrics,) = run(checkpoint, rows, tmp_path / "run", *flags)
+    samples = {s.id: s for s in load_samples(rows, TextTokenizer.from_pretrained(checkpoint))[0]}
+    model, total, count = Transformer.from_pretrained(checkpoint), 0.0, 0
+    (step,) = [json.loads(line) for line in (tmp_path / "run" / "selection.jsonl").read_text().splitlines()]
+    for chosen in step["samples"]:
+        ids, labels = (torch.tensor(getattr(samples[chosen["id"]], name)) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            nll = F.cross_entropy(model(ids[None, :-1])[0], labels[1:], ignore_index=-100, reduction="sum")
+        total, count = total + chosen["weight"] * nll.item(), count + int((labels[1:] != -100).sum())
+    assert len({chosen["weight"] for chosen in step["samples"]}) == 2
+    assert metrics["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_rho1_at_the_base_model_keeps_what_tokencleaning_keeps_within_rows(checkpoint, rows, side, tmp_path):
+    for name in ("rho1", "tokencleaning-row"):
+        flags = ["--sample-pruner", "longest", "--token-pruner", name, "--scores", str(side)]
+        run(checkpoint, rows, tmp_path / name, *flags, "--max-steps", "1", "--log-selection")
+    assert kept_ids(tmp_path / "rho1") == kept_ids(tmp_path / "tokencleaning-row")
+
+
+def test_global_tokencleaning_keeps_its_share_of_all_rows_tokens_and_may_leave_a_row_none(
+    checkpoint, rows, side, tmp_path
+):
+    flags = ["--sample-pruner", "none", "--token-pruner", "tokencleaning-global", "--token-keep-ratio", "0.1"]
+    flags += ["--micro-batch", "5", "--grad-accum", "8"]  # one step of all rows
+    (metrics,) = run(checkpoint, rows, tmp_path / "run", *flags, "--max-steps", "1", "--scores", str(side))
+    assert metrics["answer_tokens_kept"] == math.floor(0.1 * metrics["answer_tokens_seen"])
+    flags[5] = "0"  # a single token of all rows: most steps have none
+    flags[7], flags[9] = "1", "1"
+    metrics = run(checkpoint, rows, tmp_path / "one", *flags, "--max-steps", "3", "--scores", str(side))
+    assert [m["loss"] for m in metrics if not m["answer_tokens_kept"]] == [0.0] * 3
+
+
+@pytest.mark.parametrize("pruner", ["drop-longest", "alpagasus"])
+def test_ties_between_rows_depend_on_the_seed_and_not_on_the_order_of_the_file(checkpoint, rows, tmp_path, pruner):
+    lines = [{**json.loads(line), "rating": 3} for line in rows.read_text().splitlines()]
+    for line in lines:
+        line["output"] = "It is red."  # all alike
+    chosen = {}
+    for name, order in (("a", lines), ("b", lines[::-1])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in order))
+        samples = load_samples(path, TextTokenizer.from_pretrained(checkpoint))[0]
+        for seed in (0, 1):
+            argv = ["--model", str(checkpoint), "--data", str(path), "--sample-pruner", pruner, "--seed", str(seed)]
+            picked, note = train.choose_rows(train.parse_config(argv), samples)
+            chosen[name, seed] = {samples[i].id for i in picked}
+            assert note == f"{pruner} chose 5 rows: 5 of the 40 that share the last place"
+    assert chosen["a", 0] == chosen["b", 0] != chosen["a", 1] == chosen["b", 1]
 
 
 @given(st.integers(1, 20), st.floats(0, 1), st.integers(0, 5))
@@ -289,9 +411,11 @@ def test_pruned_rows_keep_the_prompt_and_exactly_the_chosen_answer_tokens(is_ans
 # ---------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("pruner", ["qtuning", "random"])
-def test_a_resumed_run_equals_one_that_was_never_cut(checkpoint, rows, tmp_path, pruner):
-    flags = ["--log-selection", "--sample-pruner", pruner, "--token-pruner", pruner]
+@pytest.mark.parametrize(
+    "pruners", [("qtuning", "qtuning"), ("random", "random"), ("infobatch", "fastv"), ("infobatch-official", "none")]
+)
+def test_a_resumed_run_equals_one_that_was_never_cut(checkpoint, rows, tmp_path, pruners):
+    flags = ["--log-selection", "--sample-pruner", pruners[0], "--token-pruner", pruners[1]]
     whole = run(checkpoint, rows, tmp_path / "whole", "--max-steps", "4", *flags)
     run(checkpoint, rows, tmp_path / "cut", "--max-steps", "2", *flags)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:  # a third step that no checkpoint covers, cut off
@@ -358,6 +482,27 @@ def test_bad_rows_are_refused_by_file_and_line_or_skipped_on_request(checkpoint,
     assert f"{bad}:2" in refused(capsys, "--model", checkpoint, "--data", bad, "--out", tmp_path / "a")
     run(checkpoint, bad, tmp_path / "b", "--skip-bad-rows", "--max-steps", "1")
     assert json.loads((tmp_path / "b" / "config.json").read_text())["num_samples"] == 39
+
+
+def test_missing_scores_are_refused_by_name_or_their_rows_left_out_on_request(checkpoint, rows, side, tmp_path, capsys):
+    flags = ["--model", checkpoint, "--data", rows, "--out", tmp_path / "run", "--micro-batch", 4]
+    flags += ["--sample-keep-ratio", 0.5, "--max-steps", 1, "--lora-rank", 0]
+    assert "give --scores with a rating.jsonl" in refused(capsys, *flags, "--sample-pruner", "alpagasus")
+    assert "needs --scores, a folder of side files" in refused(capsys, *flags, "--token-pruner", "rho1")
+    scores = tmp_path / "scores"
+    scores.mkdir()
+    message = refused(capsys, *flags, "--sample-pruner", "alpagasus", "--scores", scores)
+    assert "rating.jsonl: not found; `python score_rows.py rating` writes it" in message
+    (scores / "rating.jsonl").write_text("".join(f'{{"id": "r{i}", "rating": {i % 5}}}\n' for i in range(30)))
+    some = ["--sample-pruner", "alpagasus", "--scores", scores]
+    message = refused(capsys, *flags, *some)
+    assert "10 of 40 rows lack a score, the first is 'r30' without 'rating'; --drop-unscored" in message
+    train.main([str(arg) for arg in [*flags, *some, "--drop-unscored", "--log-selection"]])
+    assert {int(name[1:]) for name, _ in kept_ids(tmp_path / "run")[0]} <= set(range(30))
+    (scores / "reference_nll.jsonl").write_text('{"id": "r0", "reference_nll": [1.0, 2.0]}\n')
+    out = ["--out", tmp_path / "other", "--token-pruner", "rho1", "--scores", scores]
+    assert "values for row 'r0', got 2" in refused(capsys, *flags, *out)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_missing_model_or_data_file_is_refused_by_name(checkpoint, rows, tmp_path, capsys):
