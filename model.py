@@ -13,6 +13,7 @@ Shapes: B rows, T positions, H hidden size, V vocabulary, d head size, L layers,
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -226,11 +227,67 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+# ----------------------------------------------------------------------------- who attends to whom
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""A layer's number, its queries (B, heads, T, d), keys and values (B, kv_heads, T, d) -> (B, heads, T, d)."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """softmax(q k / sqrt(d)) v over the slots that `seen` allows; causal where it is None."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
+
+
 def visible(position_ids: Tensor, slots: int, window: int | None) -> Tensor:
     """Which of the slots 0..S-1 a token at each position attends to: (B, T) -> (B, 1, T, S) bool."""
     distance = position_ids[:, None, :, None] - torch.arange(slots, device=position_ids.device)
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)
+
+
+def attend_rows(T: int, window: int | None, device: torch.device) -> Attend:
+    """Rows of T tokens side by side: causal in row order."""
+    order = torch.arange(T, device=device)[None]
+    seen = visible(order, T, window) if window is not None and window < T else None
+    return lambda layer, q, k, v: attention(q, k, v, seen)
+
+
+def attend_cached(cache: KVCache, position_ids: Tensor, window: int | None) -> Attend:
+    """Every token sees what its row has put into the cache so far."""
+    seen = visible(position_ids, cache.move_to(position_ids), window)
+    return lambda layer, q, k, v: attention(q, *cache.extend(layer, k, v), seen)
+
+
+def attend_packed(lengths: list[int], window: int | None, device: torch.device) -> Attend:
+    """Rows of these lengths end to end in one: each sees itself alone.
+
+    On a GPU in 16 bits one varlen_attn call, else one call a row: a mask over all pairs of tokens costs far more.
+    """
+    if len(lengths) == 1:
+        return attend_rows(lengths[0], window, device)
+    each = {length: attend_rows(length, window, device) for length in set(lengths)}
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+            return varlen_attention(q, k, v, ends, max(lengths), window)
+        rows = zip(lengths, *(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([each[length](layer, *qkv) for length, *qkv in rows], dim=2)
+
+    return attend
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, window: int | None) -> Tensor:
+    """attend_packed on torch's kernel for rows of unequal length; (1, heads, N, d) in and out."""
+    from torch.nn.attention import varlen  # not in every torch that the rest runs on
+
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, d)
+    options = {"window_size": (-1 if window is None else window - 1, 0)}  # how many are seen to the left, to the right
+    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:  # torch 2.11
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **options).transpose(0, 1)[None]
 
 
 class KVCache:
@@ -295,11 +352,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, cache: KVCache | None) -> Tensor:
-        q, k, v = self.qkv(x, cos, sin)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        y = attend(self.layer, *self.qkv(x, cos, sin))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -326,8 +380,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = FeedForward(cfg)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, seen, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -357,7 +411,11 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        lengths: list[int] | None = None,
     ) -> Tensor:
         """The last layer's normalised output, before the head: (B, T) -> (B, T, H).
 
@@ -367,8 +425,10 @@ class Transformer(nn.Module):
             input_ids:    (B, T) int64.
             position_ids: (B, T) int64, rotary positions; 0..T-1 when not given.
             cache:        attend to earlier tokens too, and remember these.
+            lengths:      input_ids (1, N) is packed: rows of these lengths stand end to end, with positions from 0
+                          each, and none sees another. No cache then.
         """
-        x, *places = self._enter(input_ids, position_ids, cache)
+        x, *places = self._enter(input_ids, position_ids, cache, lengths)
         for layer in self.model["layers"]:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, *places, use_reentrant=False)
@@ -376,26 +436,31 @@ class Transformer(nn.Module):
                 x = layer(x, *places)
         return self.model["norm"](x)
 
-    def _enter(self, input_ids: Tensor, position_ids: Tensor | None, cache: KVCache | None) -> tuple:
-        """What every layer takes: embeddings (B, T, H), cos, sin, who sees whom (None: plain causal), the cache."""
-        order = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        position_ids = order if position_ids is None else position_ids
-        cos, sin = rotary(position_ids, rotary_frequencies(self.config, input_ids.device))
-        seen, window = None, self.config.sliding_window
+    def _enter(self, input_ids, position_ids=None, cache=None, lengths=None) -> tuple[Tensor, Tensor, Tensor, Attend]:
+        """What the layers take: embeddings (B, T, H), cos, sin, and who attends to whom."""
+        T, device, window = input_ids.shape[1], input_ids.device, self.config.sliding_window
+        if position_ids is None:
+            order = torch.cat([torch.arange(length) for length in lengths or [T]]).to(device)
+            position_ids = order.expand_as(input_ids)
         if cache is not None:
-            seen = visible(position_ids, cache.move_to(position_ids), window)
-        elif window is not None and window < input_ids.shape[1]:
-            seen = visible(order[:1], input_ids.shape[1], window)
-        return self.model["embed_tokens"](input_ids), cos, sin, seen, cache
+            attend = attend_cached(cache, position_ids, window)
+        elif lengths is not None:
+            attend = attend_packed(lengths, window, device)
+        else:
+            attend = attend_rows(T, window, device)
+        cos, sin = rotary(position_ids, rotary_frequencies(self.config, device))
+        return self.model["embed_tokens"](input_ids), cos, sin, attend
 
-    def queries_and_keys(self, input_ids: Tensor, layer: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-        """What the attention of one layer computes with, for those who study it.
+    def queries_and_keys(
+        self, input_ids: Tensor, layer: int = -1, lengths: list[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the attention of one layer computes with, for those who study it; `lengths` as in hidden_states.
 
         Returns:
             Queries (B, heads, T, d), keys (B, key-value heads, T, d), both turned to their positions, and the
             normalised hidden states (B, T, H) that they were made from.
         """
-        x, *places = self._enter(input_ids, None, None)
+        x, *places = self._enter(input_ids, lengths=lengths)
         *before, last = self.model["layers"][: layer % len(self.model["layers"]) + 1]
         for earlier in before:
             x = earlier(x, *places)
