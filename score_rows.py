@@ -1,4 +1,4 @@
-"""What a model says about rows: the passes that train.py makes at every step, and those made once before it.
+"""What a model says about rows, once, before training: the side files that some pruners go by.
 
     python score_rows.py WHAT --model DIR [--adapter DIR] --data FILE --scores DIR
 
@@ -32,85 +32,19 @@ from pathlib import Path
 
 import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from baselines import adam_direction, count_sketch, influence, received_attention, sparsevlm_text_score
-from data.sft import Sample, collate, length_batches, load_samples, read_rows, resolve_template, to_messages
+from baselines import adam_direction, count_sketch, influence
+from data.sft import Sample, load_samples, read_rows, resolve_template, to_messages
 from data.tokenizer import TextTokenizer
 from model import Transformer, load_adapter
-from qtuning import IGNORE_INDEX, token_nll_and_entropy
+from passes import TokenLoss, end_to_end, pack, packs, score
+from qtuning import IGNORE_INDEX
 
-HEAD_ROWS = 512  # answer tokens whose logits exist at once: the head makes no (B, T, V) tensor
 CHUNK = 256  # rows scored between two writes
 
 # -------------------------------------------------------------------------- passes over a list of samples
-
-
-@torch.no_grad()
-def score(model: Transformer, samples: list[Sample], pass_tokens: int, autocast) -> tuple[Tensor, Tensor, Tensor]:
-    """NLL and predictive entropy of every answer token, with the current weights (choice C18).
-
-    Returns:
-        nll, token_entropy (N, T) float32 and loss_mask (N, T) bool on the CPU; T is the longest row less one,
-        since column t belongs to the token after input_ids[t].
-    """
-    model.eval()
-    shape = len(samples), max(len(s.input_ids) for s in samples) - 1
-    nll, entropy, loss_mask = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-    for rows in length_batches([len(s.input_ids) for s in samples], pass_tokens):
-        input_ids, labels = collate([samples[i] for i in rows], model.lm_head.weight.device)
-        trainable = labels != IGNORE_INDEX
-        with autocast:
-            hidden = model.hidden_states(input_ids)[trainable]  # (answer tokens, H)
-            chunks = zip(hidden.split(HEAD_ROWS), labels[trainable].split(HEAD_ROWS), strict=True)
-            parts = [token_nll_and_entropy(model.lm_head(h), y) for h, y in chunks]
-        width = labels.shape[1]
-        for table, values in zip((nll, entropy), zip(*parts, strict=True), strict=True):
-            block = torch.zeros(labels.shape, device=labels.device)
-            block[trainable] = torch.cat(values)
-            table[rows, :width] = block.cpu()
-        loss_mask[rows, :width] = trainable.cpu()
-    model.train()
-    return nll, entropy, loss_mask
-
-
-@torch.no_grad()
-def attention_score(model: Transformer, samples: list[Sample], token_pruner: str, pass_tokens: int, autocast) -> Tensor:
-    """The score of `fastv` or `sparsevlm-text` for every token, in the last layer of the current model.
-
-    Returns:
-        (N, T) float32 on the CPU; as in `score`, column t belongs to the token after input_ids[t].
-    """
-    model.eval()
-    table = torch.zeros(len(samples), max(len(s.input_ids) for s in samples) - 1)
-    for rows in length_batches([len(s.input_ids) for s in samples], pass_tokens):
-        input_ids, answer, attended = whole_rows([samples[i] for i in rows], model.lm_head.weight.device)
-        with autocast:
-            queries, keys, hidden = model.queries_and_keys(input_ids)
-        if token_pruner == "fastv":
-            values = received_attention(queries, keys, attended)
-        else:
-            values = sparsevlm_text_score(queries, keys, hidden, attended, answer)
-        table[rows, : input_ids.shape[1] - 1] = values[:, 1:].cpu()
-    model.train()
-    return table
-
-
-def whole_rows(samples: list[Sample], device: str | torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples as one batch, padded on the right and not shifted.
-
-    Returns: input_ids (B, L) int64; answer (B, L) bool, the tokens with a label; attended (B, L) bool, all tokens.
-    """
-    lengths = torch.tensor([len(s.input_ids) for s in samples])
-    input_ids = torch.zeros(len(samples), int(lengths.max()), dtype=torch.long)
-    answer = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
-        answer[row, : len(sample.labels)] = torch.tensor(sample.labels) != IGNORE_INDEX
-    attended = torch.arange(input_ids.shape[1]) < lengths[:, None]
-    return input_ids.to(device), answer.to(device), attended.to(device)
 
 
 @torch.no_grad()
@@ -121,12 +55,11 @@ def embed(model: Transformer, samples: list[Sample], pass_tokens: int, autocast)
     """
     model.eval()
     means = torch.zeros(len(samples), model.config.hidden_size)
-    for rows in length_batches([len(s.input_ids) for s in samples], pass_tokens):
-        input_ids, _, attended = whole_rows([samples[i] for i in rows], model.lm_head.weight.device)
+    for group in packs([len(s.input_ids) for s in samples], pass_tokens):
+        input_ids, lengths = end_to_end([samples[i].input_ids for i in group], model.lm_head.weight.device)
         with autocast:
-            hidden = model.hidden_states(input_ids)
-        hidden = hidden.float() * attended[..., None]
-        means[rows] = (hidden.sum(dim=1) / attended.sum(dim=1, keepdim=True)).cpu()
+            hidden = model.hidden_states(input_ids, lengths=lengths)[0]
+        means[group] = torch.stack([row.float().mean(dim=0) for row in hidden.split(lengths)]).cpu()
     return means
 
 
@@ -227,12 +160,11 @@ def rate(
     device = model.lm_head.weight.device
     digits, ids = torch.tensor(question.digits, dtype=torch.float32), torch.tensor(question.digit_ids, device=device)
     rating, mass = torch.zeros(len(prompts)), torch.zeros(len(prompts))
-    for rows in length_batches([len(p) for p in prompts], pass_tokens):
-        last = torch.tensor([len(prompts[i]) - 1 for i in rows], device=device)
-        padded = [prompts[i] + [0] * (len(prompts[rows[0]]) - len(prompts[i])) for i in rows]  # longest first
+    for rows in packs([len(p) for p in prompts], pass_tokens):
+        input_ids, lengths = end_to_end([prompts[i] for i in rows], device)
         with autocast:
-            hidden = model.hidden_states(torch.tensor(padded, device=device))
-            logits = model.lm_head(hidden[torch.arange(len(rows), device=device), last]).float()
+            hidden = model.hidden_states(input_ids, lengths=lengths)[0]
+            logits = model.lm_head(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]).float()
         p = logits.softmax(dim=-1)[:, ids].cpu()
         mass[rows] = p.sum(dim=-1)
         rating[rows] = (p @ digits) / p.sum(dim=-1)
@@ -297,10 +229,9 @@ class Sketch:
 
     def feature(self, model: Transformer, sample: Sample, autocast, *, adam: bool) -> Tensor:
         """The projected gradient (size,) of a row's mean answer NLL; with `adam`, of the step that Adam makes it."""
-        input_ids, labels = collate([sample], model.lm_head.weight.device)
         with autocast:
-            hidden = model.hidden_states(input_ids)[labels != IGNORE_INDEX]
-            loss = F.cross_entropy(model.lm_head(hidden).float(), labels[labels != IGNORE_INDEX])
+            loss, nll = TokenLoss(model)(*pack([sample], model.lm_head.weight.device))
+        loss = loss / len(nll)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.parameters)]).float()
         if adam:
             gradient = adam_direction(gradient, self.exp_avg, self.exp_avg_sq)

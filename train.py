@@ -4,11 +4,11 @@
     python train.py --model DIR --data FILE --out runs/mine     a checkpoint and data of your own
     torchrun --standalone --nproc_per_node=8 train.py ...       the same on 8 devices
 
-One optimizer step takes grad_accum micro-batches on each rank, scores them without gradients, lets every
-prune batch choose what it keeps, and trains on the kept samples in as few passes as fit. Micro-batch j of a
-step belongs to rank j mod world, and only the samples' scores travel, so that the same global batch keeps the
-same samples on any number of ranks. The loss of a step is the sum over its kept tokens on all ranks, divided
-by their number.
+One optimizer step takes grad_accum micro-batches for each rank, scores them all without gradients, lets every
+prune batch choose what it keeps, and trains on the kept samples in as few passes as fit. Every rank holds all
+rows: what is scored, and then what is trained on, is dealt out by length so that ranks finish together; scores,
+masks and ids travel, and every rank makes the same choice. The loss of a step is the sum over its kept tokens on
+all ranks, divided by their number.
 
 A sample pruner that chooses its rows ahead, once or for an epoch, fills a step with as many of them as Q-Tuning
 would keep of it, so that every method takes as many optimizer steps, of as many kept samples. What such a pruner
@@ -41,17 +41,16 @@ import safetensors
 import tokenizers
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import baselines
 from baselines import every_sample, random_samples, random_tokens
-from data.sft import Sample, collate, length_batches, load_samples, stream_order
+from data.sft import Sample, load_samples, stream_order
 from data.tokenizer import TextTokenizer
 from model import Transformer, add_lora, save_adapter
+from passes import TokenLoss, attention_score, pack, packs, score, share
 from qtuning import (
     IGNORE_INDEX,
     Quadrant,
@@ -63,7 +62,7 @@ from qtuning import (
     sample_perplexity,
     token_perplexity,
 )
-from score_rows import HEAD_ROWS, attention_score, chunks_of, decode_vector, mean_nll, read_side_file, row_values, score
+from score_rows import chunks_of, decode_vector, mean_nll, read_side_file, row_values
 
 HERE = Path(__file__).resolve().parent
 
@@ -113,7 +112,7 @@ class Config:
 
     micro_batch: int = flag(8, "samples per device in each micro-batch")
     grad_accum: int = flag(4, "micro-batches per device in each optimizer step")
-    pass_tokens: int | None = flag(None, "padded tokens of one forward pass; none: 2048 on cpu, 16384 on cuda")
+    pass_tokens: int | None = flag(None, "tokens of one forward pass; none: 2048 on cpu, 16384 on cuda")
     epochs: float = flag(3.0, "passes over the rows; they set the length of the learning-rate schedule")
     max_steps: int | None = flag(None, "stop after this many steps of that schedule")
     lr: float = flag(1e-4, "peak learning rate, cosine to 0")
@@ -194,31 +193,6 @@ def parse_config(argv: list[str] | None = None) -> Config:
     if config.data is None:
         raise ValueError("--data is required with --model")
     return config
-
-
-# ------------------------------------------------------------------------------------------------ loss
-
-
-class TokenLoss(nn.Module):
-    """The summed NLL of each row's labelled tokens, (B,): what is differentiated, and what DDP wraps.
-
-    A row without a labelled token gives 0 and zero gradients. The head's logits are made again in the
-    backward pass, HEAD_ROWS at a time, and not kept.
-    """
-
-    def __init__(self, model: Transformer):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        kept = labels != IGNORE_INDEX
-        hidden = self.model.hidden_states(input_ids)[kept]
-        chunks = zip(hidden.split(HEAD_ROWS), labels[kept].split(HEAD_ROWS), strict=True)
-        nll = torch.cat([checkpoint(self.chunk_nll, h, y, use_reentrant=False) for h, y in chunks])
-        return torch.zeros(len(labels), device=nll.device).index_add(0, kept.nonzero()[:, 0], nll)
-
-    def chunk_nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.model.lm_head(hidden).float(), labels, reduction="none")
 
 
 # ------------------------------------------------------------------------------------------- selection
@@ -567,6 +541,7 @@ def train(cfg: Config) -> None:
     tokenizer = TextTokenizer.from_pretrained(cfg.model)
     samples, skipped = load_samples(cfg.data, tokenizer, cfg.template, cfg.max_length, cfg.skip_bad_rows)
     answer_lengths = [num_answer_tokens(sample) for sample in samples]
+    row_lengths = [len(sample.input_ids) for sample in samples]
     global_batch = cfg.micro_batch * cfg.grad_accum * world
     schedule_steps = int(cfg.epochs * len(samples)) // global_batch
     if schedule_steps < 1:
@@ -633,13 +608,6 @@ def train(cfg: Config) -> None:
     token_loss = TokenLoss(model)
     if world > 1:
         token_loss = DistributedDataParallel(token_loss, device_ids=[device] if on_cuda else None)
-    mine = [  # the places of a step's samples that belong to this rank: micro-batch j goes to rank j mod world
-        place
-        for j in range(rank, cfg.grad_accum * world, world)
-        for place in range(j * cfg.micro_batch, (j + 1) * cfg.micro_batch)
-    ]
-    if per_step < global_batch:  # chosen ahead, and all of them kept
-        mine = list(range(rank, per_step, world))
     on_terminal = sys.stderr.isatty()
     steps = range(first_step, last_step + 1)
     bar = tqdm(steps, desc="train", initial=first_step - 1, total=last_step, disable=rank > 0 or not on_terminal)
@@ -648,62 +616,67 @@ def train(cfg: Config) -> None:
         order, weights, pool = take(cfg, pool, (step - 1) * per_step, step * per_step)
 
         # Stage 1. Every rank sees every sample's score, and so makes the same choice.
-        scored, nll, ppl, ent = [], None, None, None
+        mine, nll, ppl, ent = [], None, None, None
         if cfg.sample_pruner in ("qtuning", "entropy"):
-            scored = mine
-            nll, entropy, loss_mask = score(model, [samples[order[i]] for i in scored], cfg.pass_tokens, autocast)
-            ppl = gather(sample_perplexity(nll, loss_mask), cfg, world, device)
-            ent = gather(sample_entropy(entropy, loss_mask), cfg, world, device)
+            mine = share([row_lengths[i] for i in order], world)[rank]
+            nll, entropy, loss_mask = score(model, [samples[order[i]] for i in mine], cfg.pass_tokens, autocast)
+            scores = (sample_perplexity(nll, loss_mask).tolist(), sample_entropy(entropy, loss_mask).tolist())
+            found = sorted(gather_lists(list(zip(mine, *scores, strict=True)), world))
+            ppl, ent = torch.tensor([pair for _, *pair in found]).T
         if pool.row_loss is not None or cfg.sample_pruner in SCORES_OF:
             chosen = [every_sample(per_step, torch.tensor(weights) > 0)]
         else:
             chosen = choose_samples(cfg, step, per_step, ppl, ent)
         keep, trim = (torch.cat([getattr(c, name) for c in chosen]).tolist() for name in ("keep", "prune_tokens"))
 
-        # Stage 2, on this rank's kept samples.
-        kept_places = [place for place in mine if keep[place]]
-        if cfg.token_pruner in NLL_PRUNERS and nll is None and kept_places:
-            scored = kept_places
-            nll, _, _ = score(model, [samples[order[i]] for i in scored], cfg.pass_tokens, autocast)
-        attention, looked_at = None, [place for place in kept_places if trim[place]]
+        # Stage 2, where a sample was scored: the mask (T,) of the tokens that stay in the loss.
+        kept_places = [place for place in range(per_step) if keep[place]]
+        if not mine:
+            mine = [kept_places[i] for i in share([row_lengths[order[place]] for place in kept_places], world)[rank]]
+            if cfg.token_pruner in NLL_PRUNERS and mine:
+                nll, _, _ = score(model, [samples[order[i]] for i in mine], cfg.pass_tokens, autocast)
+        attention, looked_at = None, [place for place in mine if trim[place]]
         if cfg.token_pruner in ATTENTION_PRUNERS and looked_at:
             rows = [samples[order[i]] for i in looked_at]
             attention = attention_score(model, rows, cfg.token_pruner, cfg.pass_tokens, autocast)
-        kept_samples, kept_tokens, trained = [], {}, []
-        for place in kept_places:
-            sample = samples[order[place]]
-            tokens = torch.tensor([sample.labels[1:]]) != IGNORE_INDEX  # (1, T)
-            if trim[place]:
-                width = tokens.shape[1]
-                row_nll = None if nll is None else nll[scored.index(place), None, :width]
-                row_attention = None if attention is None else attention[looked_at.index(place), None, :width]
-                tokens = choose_tokens(cfg, step, place, tokens, row_nll, row_attention, side.get(order[place]))
-            kept_tokens[place] = tokens[0]
-            if bool(tokens.any()):  # tokencleaning-global may leave a row nothing
-                kept_samples.append(pruned_sample(sample, tokens[0], cfg.token_pruning))
-                trained.append(place)
-        num_kept = int(reduce_sum(sum(int(tokens.sum()) for tokens in kept_tokens.values()), world, device))
+        masks = []
+        for at, place in enumerate(mine):
+            if keep[place]:
+                tokens = torch.tensor([samples[order[place]].labels[1:]]) != IGNORE_INDEX  # (1, T)
+                if trim[place]:
+                    width = tokens.shape[1]
+                    row_nll = None if nll is None else nll[at, None, :width]
+                    row_attention = None if attention is None else attention[looked_at.index(place), None, :width]
+                    tokens = choose_tokens(cfg, step, place, tokens, row_nll, row_attention, side.get(order[place]))
+                masks.append((place, tokens[0]))
+        kept_tokens = dict(gather_lists(masks, world))
+        num_kept = sum(int(tokens.sum()) for tokens in kept_tokens.values())
         selected = time.perf_counter()
 
         # Train: the step's loss is the mean over the tokens kept on all ranks (choice C16).
         lr = cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / schedule_steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        passes = length_batches([len(s.input_ids) for s in kept_samples], cfg.pass_tokens) or [[]]
+        # A sample without a kept token (tokencleaning-global may leave one) is not passed through the model.
+        trained = [place for place in kept_places if bool(kept_tokens[place].any())]
+        short = [pruned_sample(samples[order[place]], kept_tokens[place], cfg.token_pruning) for place in trained]
+        mine = share([len(sample.input_ids) for sample in short], world)[rank]
+        groups = packs([len(short[i].input_ids) - 1 for i in mine], cfg.pass_tokens) or [[]]
         loss_sum, seen_losses = 0.0, []
-        for i, rows in enumerate(passes):
-            waits = world > 1 and i + 1 < len(passes)  # ranks exchange gradients once a step, on the last pass
-            row_weights = torch.tensor([weights[trained[row]] for row in rows] or [1.0], device=device)
+        for number, group in enumerate(groups, start=1):
+            batch = [mine[i] for i in group]
+            counts = [int(kept_tokens[trained[i]].sum()) for i in batch]
+            row_weights = torch.tensor([weights[trained[i]] for i in batch])
+            token_weights = row_weights.repeat_interleave(torch.tensor(counts, dtype=torch.long)).to(device)
+            waits = world > 1 and number < len(groups)  # ranks exchange gradients once a step, on the last pass
             with token_loss.no_sync() if waits else nullcontext():
                 with autocast:
-                    row_nll = token_loss(*collate([kept_samples[row] for row in rows] or [NOTHING], device))
-                loss = (row_nll * row_weights).sum()
+                    loss, nll = token_loss(*pack([short[i] for i in batch] or [NOTHING], device), token_weights)
                 (loss * (world / max(num_kept, 1))).backward()  # DDP takes the mean over ranks
             loss_sum += loss.item()
             if pool.row_loss is not None:
-                for row, nll_sum in zip(rows, row_nll.tolist(), strict=False):  # NOTHING stands for no row
-                    place = trained[row]
-                    seen_losses.append((place, order[place], nll_sum / int(kept_tokens[place].sum())))
+                for i, row_nll in zip(batch, nll.split(counts), strict=True):
+                    seen_losses.append((trained[i], order[trained[i]], row_nll.mean().item()))
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
         loss_mean = reduce_sum(loss_sum, world, device) / max(num_kept, 1)
         if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
@@ -714,12 +687,9 @@ def train(cfg: Config) -> None:
             for _, row, loss in sorted(gather_lists(seen_losses, world)):
                 pool.row_loss[row] = loss
 
-        if cfg.log_selection:
-            records = describe_selection(step, mine, order, samples, chosen, ppl, ent, weights, kept_tokens)
-            records = gather_lists(records, world)
-            if rank == 0:
-                rows = sorted(records, key=lambda record: record["place"])
-                append_json(out / "selection.jsonl", {"step": step, "samples": rows})
+        if cfg.log_selection and rank == 0:
+            records = describe_selection(order, samples, chosen, ppl, ent, weights, kept_tokens)
+            append_json(out / "selection.jsonl", {"step": step, "samples": records})
         if rank == 0:
             metrics = {
                 "step": step,
@@ -754,16 +724,6 @@ def train(cfg: Config) -> None:
 NOTHING = Sample(id="", input_ids=[0, 0], labels=[IGNORE_INDEX, IGNORE_INDEX])  # a rank that keeps none trains on this
 
 
-def gather(local: Tensor, cfg: Config, world: int, device: torch.device) -> Tensor:
-    """This rank's samples' scores (grad_accum * micro_batch,) -> the whole step's, in the step's order, on the CPU."""
-    if world == 1:
-        return local
-    parts = [torch.empty_like(local, device=device) for _ in range(world)]
-    dist.all_gather(parts, local.to(device))
-    by_rank = torch.stack(parts).view(world, cfg.grad_accum, cfg.micro_batch)
-    return by_rank.transpose(0, 1).flatten().cpu()
-
-
 def gather_lists(local: list, world: int) -> list:
     """The lists of all ranks, one behind the other."""
     if world == 1:
@@ -796,12 +756,12 @@ def reduce_sum(value: float, world: int, device: torch.device) -> float:
     return total.item()
 
 
-def describe_selection(step, places, order, samples, chosen, ppl, ent, weights, kept_tokens) -> list[dict]:
-    """selection.jsonl: what was decided about each of these samples, and why."""
+def describe_selection(order, samples, chosen, ppl, ent, weights, kept_tokens) -> list[dict]:
+    """selection.jsonl: what was decided about each sample of a step, and why."""
     names = ("quadrant", "keep", "backfilled", "prune_tokens")
     quadrant, keep, backfilled, trimmed = (torch.cat([getattr(c, name) for c in chosen]).tolist() for name in names)
     records = []
-    for place in places:
+    for place in range(len(order)):
         sample = samples[order[place]]
         record = {"place": place, "id": sample.id, "quadrant": quadrant[place], "kept": keep[place]}
         record |= {"backfilled": backfilled[place], "trimmed": trimmed[place]}

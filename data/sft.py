@@ -462,22 +462,6 @@ def collate(samples: list[Sample], device: str | torch.device = "cpu") -> tuple[
     return input_ids.to(device), labels.to(device)
 
 
-def length_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Row indices in groups that pad little: longest first, rows x longest <= max_tokens in each group.
-
-    A row longer than max_tokens goes alone; rows of one length keep their order. Both arguments: in tokens.
-    """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
-    groups = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
-
-
 def stream_order(num_samples: int, start: int, stop: int, seed: int) -> list[int]:
     """Sample indices at places start..stop-1 of an endless stream of epochs, each shuffled anew.
 

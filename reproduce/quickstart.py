@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
+import passes
 import train
 from data.sft import IGNORE_INDEX, Sample, load_samples
 from data.tokenizer import TextTokenizer
@@ -36,7 +37,7 @@ def scores(folder: Path, scratch: Path) -> dict:
         "gsm8k": gsm8k.evaluate(model, tokenizer, gsm8k.read_items(TINY / "gsm8k_test.jsonl"), max_new_tokens=96),
     }
     rows = heldout_samples(tokenizer, scratch)
-    nll, _, loss_mask = train.score(model, rows, 4096, nullcontext())
+    nll, _, loss_mask = passes.score(model, rows, 4096, nullcontext())
     kept = {task: {key: r[key] for key in ("score", "n", "interval95")} for task, r in results.items()}
     return {**kept, "heldout_loss": (nll.sum() / loss_mask.sum()).item()}
 

@@ -458,24 +458,6 @@ def test_collate_refuses_no_samples():
         sft.collate([])
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
-@example([2, 2], 4)  # just fills the budget
-def test_length_batches_are_a_partition_longest_first_within_the_budget(lengths, max_tokens):
-    groups = sft.length_batches(lengths, max_tokens)
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    flat = [lengths[index] for group in groups for index in group]
-    assert flat == sorted(lengths, reverse=True)
-    for group in groups:
-        longest = lengths[group[0]]
-        assert len(group) * longest <= max_tokens or len(group) == 1
-        assert group is groups[-1] or (len(group) + 1) * longest > max_tokens  # a group takes what it can
-
-
-def test_length_batches_refuses_a_budget_below_one():
-    with pytest.raises(ValueError, match="max_tokens: expected at least 1, got 0"):
-        sft.length_batches([1], 0)
-
-
 @given(st.integers(1, 20), st.integers(0, 60), st.integers(0, 40), st.integers(0, 40), st.integers(0, 5))
 def test_the_stream_is_one_sequence_whatever_slices_it_is_read_in(num_samples, start, first, second, seed):
     middle, stop = start + first, start + first + second

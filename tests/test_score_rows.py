@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import passes
 import score_rows
 from baselines import received_attention, sparsevlm_text_score
 from data.sft import load_samples
 from data.tokenizer import TextTokenizer
 from model import Transformer
-from score_rows import attention_score, decode_vector, encode_vector, read_side_file
+from passes import attention_score
+from score_rows import decode_vector, encode_vector, read_side_file
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_nll_is_that_of_every_answer_token_and_read_back_exactly(checkpoint, row
     assert list(found) == [sample.id for sample in samples]
     for sample in samples[:5]:
         torch.testing.assert_close(found[sample.id], row_nll(model, sample), rtol=1e-4, atol=1e-5)
-    nll, _, mask = score_rows.score(model, samples, 4096, nullcontext())
+    nll, _, mask = passes.score(model, samples, 4096, nullcontext())
     assert torch.equal(found[samples[0].id].float(), nll[0][mask[0]])
 
 

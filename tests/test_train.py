@@ -151,22 +151,6 @@ def test_activation_checkpointing_changes_nothing(checkpoint, rows, tmp_path):
     assert_same_weights(tmp_path / "plain", tmp_path / "again", rtol=0, atol=0)
 
 
-def test_no_pass_makes_logits_of_more_than_head_rows_tokens_nor_of_prompts(checkpoint, rows, tmp_path, monkeypatch):
-    load, seen = Transformer.from_pretrained, []
-
-    def load_and_watch(*args, **kwargs):
-        model = load(*args, **kwargs)
-        model.lm_head.register_forward_pre_hook(lambda head, inputs: seen.append((model.training, *inputs[0].shape)))
-        model.register_forward_pre_hook(lambda *_: pytest.fail("the forward that makes (B, T, V) logits was called"))
-        return model
-
-    monkeypatch.setattr(train.Transformer, "from_pretrained", load_and_watch)
-    monkeypatch.setattr(train, "HEAD_ROWS", 7)
-    [metrics] = run(checkpoint, rows, tmp_path / "run", "--max-steps", "1")
-    assert max(rows for _, rows, _ in seen) == 7
-    assert sum(rows for training, rows, _ in seen if not training) == metrics["answer_tokens_seen"]
-    assert sum(rows for training, rows, _ in seen if training) == 2 * metrics["answer_tokens_kept"]  # forward, backward
-
 
 def test_the_run_makes_the_choices_of_prune_batch(checkpoint, rows, tmp_path):
     run(checkpoint, rows, tmp_path / "run", "--max-steps", "1", "--log-selection", "--prune-batch", "8")
@@ -195,14 +179,6 @@ def test_the_seed_alone_sets_the_order_of_rows(checkpoint, rows, tmp_path):
         seen.append([sample["id"] for step in steps for sample in json.loads(step)["samples"]])
     assert seen[0] == seen[1] != seen[2]
     assert len(set(seen[0])) == 32  # two steps of the 40 rows: no row twice within an epoch
-
-
-def test_a_batch_without_a_labelled_token_has_loss_zero_and_zero_gradients(checkpoint):
-    model = Transformer.from_pretrained(checkpoint)
-    losses = train.TokenLoss(model)(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -100))
-    losses.sum().backward()
-    assert losses.tolist() == [0, 0]
-    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
 
 
 def test_lora_runs_write_an_adapter_that_has_learnt(checkpoint, rows, tmp_path):
