@@ -145,9 +145,8 @@ def is_correct(prediction: str, item: Item, protocol: str) -> bool:
     """Whether the prediction holds an alias (`paper`) or is one (`standard`), as the protocol normalises both."""
     if protocol == "paper":
         return any(first_phrase(alias) in prediction for alias in item.aliases)
-    return plain_words(prediction, articles=True) in {plain_words(alias, articles=True) for alias in item.aliases} - {
-        ""
-    }
+    words = plain_words(prediction, articles=True)
+    return words != "" and words in [plain_words(alias, articles=True) for alias in item.aliases]
 
 
 def always_correct(item: Item) -> bool:

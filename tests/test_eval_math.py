@@ -105,10 +105,10 @@ def test_answers_are_respelled(text, spelled):
 
 # Made of the signs that the rules look at, so that they meet in every order.
 SIGNS = [
-    "\\frac ", "\\dfrac", "\\sqrt", "\\text", "\\mbox", "\\left", "\\right", "\\{", "\\}", "\\!", "\\,", "\\pm", "\\cup",
-    "\\in ", "\\pi", "\\infty", "\\cdot", "\\circ", "\\\\", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "{", "}", "(",
-    ")", "[", "]", "^", "_", ",", ".", "=", "+", "-", "*", "/", "%", "$", "!", "~", " ", " ", "\n", "\\", "−", "π", "°",
-    "0", "1", "12", "500", "3.50", ".5", "1,000", "x", "yz", "cm", " or ", "degrees",
+    "\\frac ", "\\dfrac", "\\sqrt", "\\text", "\\mbox", "\\left", "\\right", "\\{", "\\}", "\\!", "\\,", "\\pm",
+    "\\cup", "\\in ", "\\pi", "\\infty", "\\cdot", "\\circ", "\\\\", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "{",
+    "}", "(", ")", "[", "]", "^", "_", ",", ".", "=", "+", "-", "*", "/", "%", "$", "!", "~", " ", " ", "\n", "\\",
+    "−", "π", "°", "0", "1", "12", "500", "3.50", ".5", "1,000", "x", "yz", "cm", " or ", "degrees",
 ]  # fmt: skip
 rubbish = st.lists(st.sampled_from(SIGNS), max_size=14).map("".join) | st.text(max_size=20)
 
@@ -278,6 +278,13 @@ def test_the_result_is_broken_down_by_level_and_subject():
     assert metrics == {"level 5": (50, 2), "Algebra": (100, 1), "Geometry": (0, 1)}
     assert [row["prediction"] for row in result["items"]] == ["1", "x", None]
     assert scored(items[:1], {"a": ""}, "paper", max_new_tokens=7)["max_new_tokens"] == 7
+
+
+def test_only_standard_stops_before_the_next_problem():
+    runs_on = {"q": r"\boxed{4}. Problem: 2? \boxed{2}"}
+    assert scored([item("2")], runs_on, "paper")["score"] == 100
+    stopped = scored([item("4")], runs_on, "standard")
+    assert (stopped["score"], stopped["items"][0]["completion"]) == (100, r"\boxed{4}. ")
 
 
 # --- rows, prompts, the command line -------------------------------------------------------------------------

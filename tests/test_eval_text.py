@@ -431,11 +431,19 @@ USA = trivia_item("US")
         (USA, "\n\nA: US\nA: no", True, False), (USA, "the answer: US", True, False),
         (USA, "The answer is US. A: no", False, False),
         (USA, "answer is x answer is us", True, False), (USA, "Q\nus", False, False),
+        (trivia_item("x", "!!!"), "", True, False),
     ],
 )  # fmt: skip
 def test_triviaqa_texts_that_are_right_and_wrong(item, text, paper, standard):
     assert right(triviaqa, item, text, "paper") is paper
     assert right(triviaqa, item, text, "standard") is standard
+
+
+def test_a_blank_first_line_ends_a_text_where_the_protocol_says_so():
+    blank = {"q": "\n\nA: US"}
+    assert scored(triviaqa, [USA], blank, "paper")["score"] == 100
+    assert scored(triviaqa, [USA], blank, "standard")["score"] == 0
+    assert scored(squad, [squad_item(["US"])], blank, "paper")["score"] == 0
 
 
 def test_items_that_any_text_gets_right_are_counted_under_paper():
