@@ -133,6 +133,7 @@ def extract(text: str, protocol: str) -> str | None:
 
 
 def is_correct(prediction: str | None, gold: str, protocol: str) -> bool:
+    """Whether two answers are equal: in spelling (`paper`) or in meaning (`standard`)."""
     if prediction is None:
         return False
     same = canonical if protocol == "standard" else normalise
@@ -155,18 +156,19 @@ SPELLINGS = {  # a token: how it is spelled here ("" where it says nothing)
 }
 NUMBER = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 TOKEN = re.compile(rf"[1-9][0-9]{{0,2}}(?:,[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?|{NUMBER}|\\[A-Za-z]+|\\.|\S", re.DOTALL)
-MARKED_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\s*\\!|\{,\})\s*(?=[0-9]{3}(?![0-9]))")  # 10,\!080 and 10{,}080
+# 10,\!080 and 10{,}080
+MARKED_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\s*\\!|\{,\})\s*(?=[0-9]{3}(?![0-9]))")
 TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 TEXT_AT_END = re.compile(rf"(?<![_^]){TEXT.pattern}(?:\s*\^\s*\{{?[0-9]\}}?)?[\s.$]*$")
 UNIT = re.compile(
     r"(?<=[0-9}])\s*(?:square\s*|cubic\s*)?(?:units?|degrees?|[cmk]?meters?|[cmk]m|inch(?:es)?|feet|foot|ft|yards?|miles?"
     r"|hours?|minutes?|seconds?|days?|weeks?|months?|years?|dollars?|cents?|percent)(?:\s*\^\s*\{?[23]\}?)?[\s.$]*$"
 )
-LEFT_SIDE = re.compile(
-    r"[A-Za-z]{1,2}(?:_\{\w+\}|\([A-Za-z]\))?(?:=|\\in(?![A-Za-z]))([^=]+)"
-)  # x=5, f(x)=2, x\in[0,1]
+# x=5, f(x)=2, x\in[0,1]
+LEFT_SIDE = re.compile(r"[A-Za-z]{1,2}(?:_\{\w+\}|\([A-Za-z]\))?(?:=|\\in(?![A-Za-z]))([^=]+)")
+# 3/4, 1 3/4, 2\pi/3
 FACTOR = r"(?:[0-9.]|[A-Za-z]|\\(?!pm)[A-Za-z]+(?![A-Za-z])(?:\{[^{}]*\})*)"
-SLASH = re.compile(rf"(-?)(?:([0-9]+) )?({FACTOR}+)/({FACTOR}|[0-9.]+)")  # 3/4, 1 3/4, 2\pi/3
+SLASH = re.compile(rf"(-?)(?:([0-9]+) )?({FACTOR}+)/({FACTOR}|[0-9.]+)")
 
 
 def normalise(text: str) -> str:

@@ -7,8 +7,9 @@ Protocol `paper` (OpenCompass triviaqa_gen, the harness of the paper; zero-shot,
     reply that begins with `The answer is`; its other words are ours, not the harness's.
   - Up to 50 new tokens. The prediction is the first line that is not blank, in lower case; of that what follows the
     last `answer is`, then the last `a:`, then the last `answer:`; of that what eval.text.first_phrase leaves.
-  - Right if what first_phrase leaves of any alias stands anywhere in it: `us` is found in `russia`. An alias of
-    which nothing is left (an emoji) is found in every text: items with one are counted as `always_correct`.
+  - Right if what first_phrase leaves of any alias stands anywhere in it. That finds `us` in `russia`, and, as an alias
+    too ends at its first full stop, `S. Africa` in every text with an s. An alias of which nothing is left (an emoji,
+    `A. Lincoln`) is found in any text: items with one are counted as `always_correct`.
   - Greedy here. The authors' harness seems to have sampled at temperature 1 (--temperature 1).
 
 Protocol `standard` (lm-evaluation-harness triviaqa):
