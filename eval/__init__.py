@@ -1,1 +1,1 @@
-"""Scorers, one file a benchmark (`python -m eval.arc`, `python -m eval.gsm8k`), and what they share."""
+"""Scorers, one file a benchmark (`python -m eval.arc`, ...), what they share, and `eval.compare` for two results."""

@@ -89,7 +89,7 @@ def argument_parser(prog: str, description: str, data: str | None, generates: bo
         return parser
     add("--exemplars", help="worked questions to put before each; rows of the form of --data, never those scored")
     add("--shots", type=positive_int, help="how many of them, from the first; default: the protocol's number")
-    add("--temperature", type=temperature, default=0.0, help="0: the most likely token; else sampled; %(default)s")
+    add("--temperature", type=not_negative, default=0.0, help="0: the most likely token; else sampled; %(default)s")
     add("--seed", type=int, default=0, help="of sampling; %(default)s")
     add("--batch-size", type=positive_int, default=32, help="prompts generated together; %(default)s")
     add("--max-new-tokens", type=positive_int, help="default: the protocol's number")
@@ -103,7 +103,7 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def temperature(text: str) -> float:
+def not_negative(text: str) -> float:
     """argparse type: a finite number >= 0."""
     try:
         value = float(text)
@@ -344,7 +344,8 @@ def generate_texts(
         groups += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     stop_ids = [tokenizer.token_id(text) for text in stop]
     eos_ids = (*model.config.eos_token_ids, *(stop_id for stop_id in stop_ids if stop_id is not None))
-    # no token is shorter than a byte, so a stop string shows up in these many last tokens
+    # No token is shorter than a byte, so a stop string shows up in these many last tokens; the one more is there
+    # because some decoders drop a space that the first token begins with.
     tail = max((len(text.encode()) for text in stop), default=0) + 1
 
     def stopped(new_ids: list[int]) -> bool:

@@ -314,6 +314,7 @@ def test_a_prompt_that_fills_the_context_is_refused_by_its_item(model, tokenizer
     "says, stop, taken, completion",
     [
         ("It is 18.\nQuestion: And then?", ("Question:",), "It is 18.\nQuestion:", "It is 18.\n"),
+        ("18 Question: And then?", ("\n", "Question:"), "18 Question:", "18 "),
         ("It is 18, or", ("\n", ".", ","), "It is 18,", "It is 18"),
         ("\nIt", ("\n",), "\n", ""),
         ("18</s>And", ("Question:", "</s>"), "18</s>", "18"),
