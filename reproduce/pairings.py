@@ -7,9 +7,9 @@ What the pruners go by is made first, with the commands that a user would run: a
 run on a tenth of the rows, and a pass of score_rows.py for each side file. The ratings are those of the embedded
 model itself, a million parameters; the report says how it did in its swap test. So `alpagasus-planted` and
 `ds2-planted` go by what a perfect rater would say of what data/tiny/make.py planted. LESS's targets are 8 word
-problems and 8 facts of the rows, planted as right. Then five seeds of random with random, seed 0 of all pairings, and the
-other seeds of those that the paper compares. A finished run is not run again; the result file is written anew
-after each, so that it can be read while others run.
+problems and 8 facts of the rows, planted as right. Then five seeds of random with random, seed 0 of all pairings,
+and the other seeds of those that the paper compares. A finished run is not run again; the result file is written
+anew after each, so that it can be read while others run.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def prepare(runs: Path) -> tuple[Path, dict]:
         train.write_aside(runs / f"{name}.json", json.dumps(part) + "\n")
 
     about = runs / "preparation.json"
-    told = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {"seconds": {}}
+    told = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {"cpu_seconds": {}}
 
     def once(name: str, command, *argv: str) -> None:
-        if name not in told["seconds"]:
-            started = time.perf_counter()
+        if name not in told["cpu_seconds"]:
+            started = time.process_time()
             command([str(arg) for arg in argv])
-            told["seconds"][name] = round(time.perf_counter() - started, 1)
+            told["cpu_seconds"][name] = round(time.process_time() - started, 1)
             train.write_aside(about, json.dumps(told, indent=1) + "\n")
 
     whole = ["--model", model, "--data", runs / "slice.json", "--sample-pruner", "none", "--token-pruner", "none"]
