@@ -238,7 +238,7 @@ def test_ratings_without_noise_are_left_alone_and_noisy_ones_mended():
     for noise in (0.0, 0.3):
         true, rated, embedding = noisy_clusters(600, noise)
         neighbours, distances = nearest_neighbours(embedding, 9)
-        T, prior = transition_matrix(rated, neighbours, 3)
+        T, prior = transition_matrix(rated, neighbours, 3, steps=500)
         mended = curate_labels(rated, neighbours, distances, T, prior)
         if noise:
             assert (rated == true).float().mean() < 0.75 and (mended == true).float().mean() > 0.85
@@ -247,13 +247,22 @@ def test_ratings_without_noise_are_left_alone_and_noisy_ones_mended():
             assert (T.diagonal() > 0.97).all()
 
 
+def test_where_raters_never_err_no_rating_is_mended_whatever_the_neighbours_say():
+    _, rated, embedding = noisy_clusters(200, 0.3)
+    share = torch.bincount(rated).double() / 200
+    mended = curate_labels(rated, *nearest_neighbours(embedding, 9), torch.eye(3).double(), share)
+    assert torch.equal(mended, rated)
+
+
 def test_rows_stand_once_for_a_copied_data_set_would_hide_all_noise():
     _, rated, embedding = noisy_clusters(600, 0.3)
-    alone, _ = transition_matrix(rated, nearest_neighbours(embedding, 2)[0], 3)
+    alone, _ = transition_matrix(rated, nearest_neighbours(embedding, 2)[0], 3, steps=500)
     assert alone.diagonal().mean() < 0.8
     copied, _ = nearest_neighbours(torch.cat([embedding, embedding]), 2)
     assert (copied[:, 0] % 600 == torch.arange(1200) % 600).all()  # what the official loader's duplication does
-    assert transition_matrix(rated.repeat(2), copied, 3)[0].diagonal().mean() > alone.diagonal().mean() + 0.05
+    assert (
+        transition_matrix(rated.repeat(2), copied, 3, steps=500)[0].diagonal().mean() > alone.diagonal().mean() + 0.05
+    )
 
 
 @given(st.integers(12, 30), st.integers(0, 20), st.data())
@@ -463,6 +472,15 @@ def test_sparsevlm_prefers_the_answer_token_that_reads_and_resembles_the_part_of
     score = sparsevlm_text_score(hidden[:, None], hidden[:, None], hidden, attended, answer)
     assert score[0].argmax() == 3
     assert torch.equal(sparsevlm_text_tokens(score, answer, 0.4)[0].nonzero()[:, 0], torch.tensor([3]))
+
+
+def test_among_like_answer_tokens_sparsevlm_prefers_those_that_attend_most_to_the_prompt():
+    queries, keys, hidden = normal(1, 2, 7, 4), normal(1, 1, 7, 4, seed=1), normal(1, 7, 6, seed=2)
+    hidden[0, 2:] = hidden[0, 2]  # tokens 0 and 1 are the prompt: the guide is token 1
+    answer = torch.arange(7)[None] >= 2
+    score = sparsevlm_text_score(queries, keys, hidden, torch.ones_like(answer), answer)
+    reading = sum(A[0, 2:, 1] for A in attention_maps(queries, keys))
+    assert torch.equal(score[0, 2:].argsort(), reading.argsort())
 
 
 def test_an_answer_without_a_prompt_scores_flat():
