@@ -229,10 +229,18 @@ def attention_score(
 
     Returns:
         (B, T) float32 on the CPU; as in `score`, column t belongs to the token after input_ids[t].
+    Raises:
+        ValueError: a row is longer than the model's sliding window; the attention here is causal over the whole row.
     """
+    longest, window = max(len(s.input_ids) for s in samples), model.config.sliding_window
+    if window is not None and longest > window:
+        raise ValueError(
+            f"--token-pruner {token_pruner}: a row has {longest} tokens, and the model attends to windows of {window}; "
+            f"--max-length {window} would cut it"
+        )
     model.eval()
     device = model.lm_head.weight.device
-    table = torch.zeros(len(samples), max(len(s.input_ids) for s in samples) - 1)
+    table = torch.zeros(len(samples), longest - 1)
     for group in packs([len(s.input_ids) for s in samples], pass_tokens):
         input_ids, lengths = end_to_end([samples[i].input_ids for i in group], device)
         with autocast:

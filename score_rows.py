@@ -136,8 +136,8 @@ class DigitQuestion:
         request, answer = (
             "\n\n".join(m["content"] for m in messages if (m["role"] == "assistant") == side) for side in (False, True)
         )
-        filled = self.text.replace("{answer}", answer).replace("{request}", request)
-        ids = _conversation_ids(self.render, self.tokenizer, filled, str(self.digits[0]))[: -1 - self.tail]
+        text = self.text.format(request=request, answer=answer)
+        ids = _conversation_ids(self.render, self.tokenizer, text, str(self.digits[0]))[: -1 - self.tail]
         half = max_length // 2
         return ids if len(ids) <= max_length else ids[:half] + ids[-half:]
 
