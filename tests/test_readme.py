@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import train
-from reproduce import compare, quickstart, selection
+from reproduce import compare, memory, quickstart, selection
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,7 +43,7 @@ def test_every_metric_is_in_the_glossary():
     block = source[source.index("            metrics = {") : source.index('append_json(out / "metrics.jsonl"')]
     counts = source[source.index("    counts = {") : source.index("    return {name: int(mask.sum())")]
     keys = re.findall(r'^ +"(\w+)":', block + counts, re.MULTILINE)
-    assert len(keys) == 18
+    assert len(keys) == 22
     glossary = README[README.index("`metrics.jsonl` holds") : README.index("`selection.jsonl` (")]
     assert [key for key in keys if f"`{key}`" not in glossary] == []
 
@@ -54,4 +54,5 @@ def test_its_tables_are_those_of_the_committed_results():
     assert tables["quickstart"].strip() == quickstart.report(shown).strip()
     assert tables["compare"].strip() == compare.table(json.loads((RESULTS / "default.json").read_text())).strip()
     runs = [json.loads((RESULTS / f"smollm2_{data}.json").read_text()) for data in ("gsm8k", "alpaca")]
+    assert tables["memory"].strip() == memory.table(json.loads(memory.RESULT.read_text())).strip()
     assert tables["smollm2"].strip() == selection.table(runs).strip()
