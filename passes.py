@@ -160,8 +160,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, into_loss, _):
         into_hidden, into_weight = ctx.saved_tensors
-        weight = None if into_weight is None else into_weight * into_loss
-        return into_hidden * into_loss.to(into_hidden.dtype), weight, None, None
+        if into_weight is not None:
+            into_weight.mul_(into_loss)  # in place: it is as large as the weight, and there is one way back only
+        return into_hidden.mul_(into_loss), into_weight, None, None
 
 
 class TokenLoss(nn.Module):

@@ -623,6 +623,7 @@ def train(cfg: Config) -> None:
             scores = (sample_perplexity(nll, loss_mask).tolist(), sample_entropy(entropy, loss_mask).tolist())
             found = sorted(gather_lists(list(zip(mine, *scores, strict=True)), world))
             ppl, ent = torch.tensor([pair for _, *pair in found]).T
+        scored = time.perf_counter()
         if pool.row_loss is not None or cfg.sample_pruner in SCORES_OF:
             chosen = [every_sample(per_step, torch.tensor(weights) > 0)]
         else:
@@ -651,6 +652,9 @@ def train(cfg: Config) -> None:
                 masks.append((place, tokens[0]))
         kept_tokens = dict(gather_lists(masks, world))
         num_kept = sum(int(tokens.sum()) for tokens in kept_tokens.values())
+        passed = range(per_step) if ppl is not None else kept_places if cfg.token_pruner in NLL_PRUNERS else []
+        passed = [*passed, *(place for place in kept_places if trim[place] and cfg.token_pruner in ATTENTION_PRUNERS)]
+        tokens_scored = sum(row_lengths[order[place]] - 1 for place in passed)
         selected = time.perf_counter()
 
         # Train: the step's loss is the mean over the tokens kept on all ranks (choice C16).
@@ -662,7 +666,7 @@ def train(cfg: Config) -> None:
         short = [pruned_sample(samples[order[place]], kept_tokens[place], cfg.token_pruning) for place in trained]
         mine = share([len(sample.input_ids) for sample in short], world)[rank]
         groups = packs([len(short[i].input_ids) - 1 for i in mine], cfg.pass_tokens) or [[]]
-        loss_sum, seen_losses = 0.0, []
+        loss_sum, seen_losses = torch.zeros((), device=device), []
         for number, group in enumerate(groups, start=1):
             batch = [mine[i] for i in group]
             counts = [int(kept_tokens[trained[i]].sum()) for i in batch]
@@ -673,16 +677,20 @@ def train(cfg: Config) -> None:
                 with autocast:
                     loss, nll = token_loss(*pack([short[i] for i in batch] or [NOTHING], device), token_weights)
                 (loss * (world / max(num_kept, 1))).backward()  # DDP takes the mean over ranks
-            loss_sum += loss.item()
+            loss_sum += loss.detach()
             if pool.row_loss is not None:
                 for i, row_nll in zip(batch, nll.split(counts), strict=True):
                     seen_losses.append((trained[i], order[trained[i]], row_nll.mean().item()))
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
-        loss_mean = reduce_sum(loss_sum, world, device) / max(num_kept, 1)
+        loss_mean = reduce_sum(loss_sum.item(), world, device) / max(num_kept, 1)
+        differentiated = time.perf_counter()
         if not (math.isfinite(loss_mean) and math.isfinite(grad_norm)):
             raise ValueError(f"step {step}: loss is {loss_mean} and its gradient's norm {grad_norm}; try a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
+        if on_cuda:  # so that the seconds below are those of the work
+            torch.cuda.synchronize()
+        done = time.perf_counter()
         if pool.row_loss is not None:
             for _, row, loss in sorted(gather_lists(seen_losses, world)):
                 pool.row_loss[row] = loss
@@ -700,8 +708,12 @@ def train(cfg: Config) -> None:
                 "answer_tokens_seen": sum(answer_lengths[i] for i in order),
                 "answer_tokens_kept": num_kept,
                 "weight_sum": sum(weight for weight, kept in zip(weights, keep, strict=True) if kept),
+                "tokens_scored": tokens_scored,
+                "tokens_trained": sum(len(sample.input_ids) - 1 for sample in short),
                 "score_s": selected - started,
-                "train_s": time.perf_counter() - selected,
+                "select_s": selected - scored,
+                "train_s": done - selected,
+                "optimizer_s": done - differentiated,
                 "peak_mem_gib": peak_mem_gib(device),
             }
             append_json(out / "metrics.jsonl", metrics)

@@ -1,0 +1,66 @@
+"""reproduce/efficiency.py and growth.py: the FLOPs of their formula against counted ones, and small real runs."""
+
+import argparse
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_model import small_config
+from torch.utils.flop_counter import FlopCounterMode
+
+import passes
+from data.sft import Sample
+from model import Transformer, add_lora
+from reproduce import efficiency, growth
+
+ROWS = [Sample(str(i), list(range(length)), [-100, -100, *range(2, length)]) for i, length in enumerate((5, 9, 17))]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_the_formula_counts_the_products_of_a_step(tune, checkpointing):
+    config = small_config(hidden_size=96, intermediate_size=192, num_hidden_layers=6, head_dim=24, vocab_size=200)
+    model = Transformer(config)
+    if tune == "lora":
+        add_lora(model, 1, 2)
+    model.activation_checkpointing = checkpointing
+    with FlopCounterMode(display=False) as counter:
+        passes.score(model, ROWS, 1000, nullcontext())
+        passes.TokenLoss(model)(*passes.pack(ROWS[:2], "cpu"))[0].backward()
+    ops = torch.ops.aten
+    counted = sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (ops.mm, ops.addmm))
+    tokens = [sum(len(row.input_ids) - 1 for row in rows) for rows in (ROWS, ROWS[:2])]
+    answers = [sum(len(row.input_ids) - 2 for row in rows) for rows in (ROWS, ROWS[:2])]
+    metrics = {"tokens_scored": tokens[0], "tokens_trained": tokens[1], "answer_tokens_kept": answers[1]}
+    expected = efficiency.flops(config, metrics, answers[0], tune, checkpointing)
+    # LoRA has its own small products, and the first layer hands no gradient on to a frozen embedding
+    assert counted == pytest.approx(expected, rel=0.05 if tune == "lora" else 0)
+
+
+def test_a_small_benchmark_runs_and_measures_every_cell(checkpoint, rows, monkeypatch):
+    monkeypatch.setattr(efficiency, "RATIOS", (0.5,))
+    args = argparse.Namespace(model=str(checkpoint), data=str(rows), tuning=["full"], checkpointing=["off"])
+    args.steps, args.repeats, args.pass_tokens, args.dtype = 1, 1, None, None
+    results = efficiency.measure(args)
+    cells = {(row["method"], row["sample_keep_ratio"]): row for row in results["rows"]}
+    assert len(cells) == 4
+    full = cells["full", 1.0]
+    assert (full["of_full"], full["bound"], full["tokens_trained"]) == (1, 1, 1)
+    mask, drop, rival = (cells[f"{name}", 0.5] for name in ("Q-Tuning, mask", "Q-Tuning, drop", "random, mask"))
+    assert {row["samples_kept"] for row in (mask, drop, rival)} == {0.5}
+    assert drop["tokens_trained"] < mask["tokens_trained"] < 1
+    assert rival["bound"] < drop["bound"] < mask["bound"]
+    assert len(efficiency.table(results).splitlines()) == 2 + len(cells)
+    json.dumps(results)
+
+
+def test_an_exponent_is_the_power_that_made_the_points():
+    xs = [1, 2, 4, 8]
+    assert growth.exponent(xs, [3 * x**1.5 for x in xs]) == pytest.approx(1.5)
+
+
+def test_a_point_of_growth_is_measured():
+    point = growth.measure({"length": 8, "rows": 2, "vocabulary": 50, "layers": 1, "width": 192}, repeats=1)
+    assert point["seconds"] > 0
+    assert point["bytes"] > 0
