@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -123,6 +124,9 @@ class Config:
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "computing dtype; auto: bf16 on cuda, fp32 on cpu", ("auto", "bf16", "fp32"))
     save_every: int = flag(500, "steps between checkpoints")
+    eval_every: int | None = flag(None, "steps between scores of --eval-sets, which metrics.jsonl gets as eval_TASK")
+    eval_sets: str | None = flag(None, "TASK=FILE,... of the scorers in eval/, by the paper's protocol, 0-shot")
+    eval_limit: int | None = flag(None, "rows of each set to score, from the first; none: all")
     log_selection: bool = flag(False, "write selection.jsonl: each step's scores, quadrants and kept tokens")
     skip_bad_rows: bool = flag(False, "count unusable rows and go on; otherwise the first one ends the run")
 
@@ -135,7 +139,7 @@ class Config:
             check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         for name in ("micro_batch", "grad_accum", "save_every"):
             check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("prune_batch", "pass_tokens", "max_steps"):
+        for name in ("prune_batch", "pass_tokens", "max_steps", "eval_every", "eval_limit"):
             check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         check("max_length", self.max_length >= 2, "at least 2")
         check("lora_rank", self.lora_rank >= 0, "at least 0")
@@ -156,6 +160,7 @@ TINY = {
     "lora_rank": 0,
     "lr": 5e-4,
     "max_length": 512,
+    "eval_sets": ",".join(f"{task}={HERE / 'data' / 'tiny' / task}_test.jsonl" for task in ("arc", "gsm8k")),
 }
 
 
@@ -438,6 +443,38 @@ def selection_counts(chosen: list[SamplePruning]) -> dict[str, int]:
     return {name: int(mask.sum()) for name, mask in counts.items()}
 
 
+# ---------------------------------------------------------------------------------- scores while training
+
+SCORERS = ("arc", "gsm8k", "math", "squad", "triviaqa")
+
+
+def read_eval_sets(cfg: Config) -> dict[str, tuple]:
+    """Task -> (its scorer's `evaluate`, items), of --eval-sets; none without --eval-every.
+
+    Raises:
+        ValueError: no set, no such task, or a row that its scorer refuses. FileNotFoundError: no such file.
+    """
+    sets = {}
+    if cfg.eval_every:
+        if not cfg.eval_sets:
+            raise ValueError("--eval-every needs --eval-sets TASK=FILE,...")
+        for part in cfg.eval_sets.split(","):
+            task, _, path = part.partition("=")
+            if task not in SCORERS or not path:
+                raise ValueError(f"--eval-sets: expected TASK=FILE with TASK one of {', '.join(SCORERS)}, got {part!r}")
+            scorer = importlib.import_module(f"eval.{task}")
+            sets[task] = scorer.evaluate, scorer.read_items(path)[: cfg.eval_limit]
+    return sets
+
+
+def eval_scores(model: Transformer, tokenizer: TextTokenizer, sets: dict[str, tuple]) -> dict[str, float]:
+    """eval_TASK -> percent, of every set; all ranks share the work."""
+    model.eval()
+    scores = {f"eval_{task}": evaluate(model, tokenizer, items)["score"] for task, (evaluate, items) in sets.items()}
+    model.train()
+    return scores
+
+
 # ------------------------------------------------------------------------------------------ run folder
 
 
@@ -493,6 +530,9 @@ def open_run(cfg: Config, description: dict) -> Path | None:
             "grad_accum",
             "pass_tokens",
             "activation_checkpointing",
+            "eval_every",
+            "eval_sets",
+            "eval_limit",
         )
         if key not in may_change and before.get(key) != description[key]:
             raise ValueError(f"--resume: the run in {out} has {key} {before.get(key)!r}, got {description[key]!r}")
@@ -564,6 +604,7 @@ def train(cfg: Config) -> None:
     elif cfg.sample_pruner == "infobatch":
         per_step = budget
     side = token_side_scores(cfg, samples, per_epoch)
+    eval_sets = read_eval_sets(cfg)
     pool = Pool(per_epoch, [1.0] * len(per_epoch))
 
     # Model and optimizer. Full fine-tuning keeps fp32 weights under autocast; LoRA puts fp32 adapters on a bf16 base.
@@ -695,6 +736,9 @@ def train(cfg: Config) -> None:
             for _, row, loss in sorted(gather_lists(seen_losses, world)):
                 pool.row_loss[row] = loss
 
+        evaluated = {}
+        if eval_sets and (step % cfg.eval_every == 0 or step == last_step):
+            evaluated = eval_scores(model, tokenizer, eval_sets)
         if cfg.log_selection and rank == 0:
             records = describe_selection(order, samples, chosen, ppl, ent, weights, kept_tokens)
             append_json(out / "selection.jsonl", {"step": step, "samples": records})
@@ -715,9 +759,11 @@ def train(cfg: Config) -> None:
                 "train_s": done - selected,
                 "optimizer_s": done - differentiated,
                 "peak_mem_gib": peak_mem_gib(device),
+                **evaluated,
             }
             append_json(out / "metrics.jsonl", metrics)
             line = {"loss": f"{loss_mean:.3f}", "kept": f"{metrics['samples_kept']}/{per_step}", "tokens": num_kept}
+            line |= {name: f"{score:.1f}" for name, score in evaluated.items()}
             bar.set_postfix(line)
             if not on_terminal:
                 print(f"step {step}/{last_step}", *(f"{name} {value}" for name, value in line.items()), flush=True)

@@ -19,6 +19,7 @@ import train
 from baselines import every_sample, random_samples, random_tokens
 from data.sft import Sample, load_samples, stream_order
 from data.tokenizer import TextTokenizer
+from eval import arc
 from model import Transformer, load_adapter
 
 ROOT = Path(train.__file__).parent
@@ -150,6 +151,20 @@ def test_activation_checkpointing_changes_nothing(checkpoint, rows, tmp_path):
     assert kept_ids(tmp_path / "plain") == kept_ids(tmp_path / "again")
     assert_same_weights(tmp_path / "plain", tmp_path / "again", rtol=0, atol=0)
 
+
+def test_sets_are_scored_while_training_as_their_scorer_scores_the_model_of_that_step(checkpoint, rows, tmp_path):
+    """On two ranks as on one; and training goes on as if they were not."""
+    sets = ["--eval-every", "2", "--eval-sets", f"arc={ROOT / 'data' / 'tiny' / 'arc_test.jsonl'}", "--eval-limit", "9"]
+    scored = run(checkpoint, rows, tmp_path / "scored", *sets, "--max-steps", "3")
+    assert [list(metrics).count("eval_arc") for metrics in scored] == [0, 1, 1]
+    model = Transformer.from_pretrained(tmp_path / "scored" / "model").eval()
+    items = arc.read_items(ROOT / "data" / "tiny" / "arc_test.jsonl")[:9]
+    expected = arc.evaluate(model, TextTokenizer.from_pretrained(checkpoint), items)["score"]
+    assert scored[-1]["eval_arc"] == pytest.approx(expected)
+    run(checkpoint, rows, tmp_path / "plain", "--max-steps", "3")
+    assert_same_weights(tmp_path / "scored", tmp_path / "plain", rtol=0, atol=0)
+    ranks = run(checkpoint, rows, tmp_path / "ranks", *sets, "--grad-accum", "2", "--max-steps", "3", ranks=2)
+    assert [metrics.get("eval_arc") for metrics in ranks] == [metrics.get("eval_arc") for metrics in scored]
 
 
 def test_the_run_makes_the_choices_of_prune_batch(checkpoint, rows, tmp_path):
@@ -426,6 +441,9 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--eval-every", "5"], "--eval-every needs --eval-sets TASK=FILE,..."),
+        (["--eval-every", "5", "--eval-sets", "mmlu=x"], "--eval-sets: expected TASK=FILE with TASK one of arc, gsm8k"),
+        (["--eval-every", "0"], "--eval-every must be at least 1, got 0"),
         (["--sample-keep-ratio", 1.5], "--sample-keep-ratio must be in [0, 1], got 1.5"),
         (["--sample-keep-ratio", "nan"], "--sample-keep-ratio must be in [0, 1], got nan"),
         (["--sample-keep-ratio", 0.1], "keeps none of 8 samples; the smallest batch that would do is 10"),
