@@ -1,5 +1,6 @@
 """The scorers: what they read, what they send to the model, how they score it, and how they refuse bad input."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -692,10 +693,12 @@ def test_gsm8k_command_writes_what_it_prints(folder, tmp_path, capsys):
 
 
 ON_RANKS = """
-import sys
+import os, sys
 from eval import arc, common, gsm8k
-folder, data, out = sys.argv[1:]
+folder, data, out, *ports = sys.argv[1:]
+os.environ["MASTER_PORT"] = ports[0]  # each group of processes meets in a place of its own
 arc.main(["--model", folder, "--data", f"{data}/arc.jsonl", "--batch-tokens", "200", "--out", f"{out}/arc.json"])
+os.environ["MASTER_PORT"] = ports[1]
 sampled = ["--batch-size", "2", "--max-new-tokens", "20", "--temperature", "1"]
 gsm8k.main(["--model", folder, "--data", f"{data}/gsm8k.jsonl", *sampled, "--out", f"{out}/gsm8k.json"])
 def broken(model, prompts, *_, **__):
@@ -703,6 +706,7 @@ def broken(model, prompts, *_, **__):
         raise ValueError("no luck on the last rank")
     return [[7]] * len(prompts)
 common.generate = broken
+os.environ["MASTER_PORT"] = ports[2]
 gsm8k.main(["--model", folder, "--data", f"{data}/gsm8k.jsonl", *sampled])
 """
 
@@ -714,21 +718,27 @@ def test_any_number_of_ranks_writes_the_same_files_and_reports_one_ranks_error(f
     write_jsonl(tmp_path / "gsm8k.jsonl", rows)
     (tmp_path / "score.py").write_text(ON_RANKS)
     written = {}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        ports = [str(free.getsockname()[1]) for free in sockets]
     for world in (1, 2):
         out = tmp_path / str(world)
-        command = [sys.executable, str(tmp_path / "score.py"), str(folder), str(tmp_path), str(out)]
+        command = [sys.executable, str(tmp_path / "score.py"), str(folder), str(tmp_path), str(out), *ports]
         shared = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared["MASTER_ADDR"] = "127.0.0.1"
         ranks = [
             subprocess.Popen(
                 command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
             for rank in range(world)
         ]
-        said = [process.communicate(timeout=120) for process in ranks]
+        try:
+            said = [process.communicate(timeout=120) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()  # a rank that waits for one that is gone
         assert [process.returncode for process in ranks] == [2] * world, said
         assert said[0][1].splitlines()[-1] == "eval.gsm8k: no luck on the last rank"
         assert all(rank[0] == "" and "no luck" not in rank[1] for rank in said[1:])
