@@ -112,6 +112,9 @@ def read_result(path: str) -> dict:
     missing = [key for key in ("task", "protocol", "items") if not isinstance(whole, dict) or not whole.get(key)]
     if missing:
         raise ValueError(f"{path}: expected a scorer's result file, got none of its {missing[0]!r}")
+    for i, item in enumerate(whole["items"]):
+        if not isinstance(item, dict) or not {"id", "prompt_id"} <= item.keys():
+            raise ValueError(f"{path}: items[{i}]: expected an object with the keys id and prompt_id")
     return whole
 
 

@@ -612,6 +612,7 @@ OTHER_RESULTS = {
     "other prompts": (result_of([True], items=[{"id": "i0", "prompt_id": "x", "correct": True}]), ["item 'i0'"]),
     "no metric": (result_of([None]), ["--metric correct", "item 'i0' has None"]),
     "no result": ({"task": "arc"}, ["b.json", "'protocol'"]),
+    "no prompt ids": (result_of([True], items=[{"id": "i0", "correct": True}]), ["b.json: items[0]", "prompt_id"]),
     "a list": ([1], ["b.json", "'task'"]),
 }
 
