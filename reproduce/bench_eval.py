@@ -4,7 +4,8 @@
 
 ARC: the scorer (batches, what choices share run once, logits only where they are read) against one forward pass a
 choice with all its logits. GSM8K: the scorer (batches that finished rows leave, the exemplars run once a batch)
-against one prompt after the other, with a KV cache. Both in one run, on the same items; seconds (on a CPU, the process's own) without loading.
+against one prompt after the other, with a KV cache. Both in one run, on the same items; seconds without loading
+(on a CPU the process's own).
 """
 
 from __future__ import annotations
