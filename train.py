@@ -113,6 +113,9 @@ class Config:
 
     micro_batch: int = flag(8, "samples per device in each micro-batch")
     grad_accum: int = flag(4, "micro-batches per device in each optimizer step")
+    score_bf16: bool = flag(False, "inexact: score in bf16 where training computes in fp32")
+    reuse_scores: int = flag(1, "inexact: score a row on every K-th visit, and go by that in between")
+    check_scores: int = flag(50, "steps between exact scores beside inexact ones: kept_agreement in metrics.jsonl")
     pass_tokens: int | None = flag(None, "tokens of one forward pass; none: 2048 on cpu, 16384 on cuda")
     epochs: float = flag(3.0, "passes over the rows; they set the length of the learning-rate schedule")
     max_steps: int | None = flag(None, "stop after this many steps of that schedule")
@@ -137,7 +140,7 @@ class Config:
 
         for name in ("token_keep_ratio", "smoothing", "sample_keep_ratio"):
             check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("micro_batch", "grad_accum", "save_every"):
+        for name in ("micro_batch", "grad_accum", "save_every", "reuse_scores", "check_scores"):
             check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("prune_batch", "pass_tokens", "max_steps", "eval_every", "eval_limit"):
             check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
@@ -649,6 +652,8 @@ def train(cfg: Config) -> None:
     token_loss = TokenLoss(model)
     if world > 1:
         token_loss = DistributedDataParallel(token_loss, device_ids=[device] if on_cuda else None)
+    score_autocast = torch.autocast(cfg.device, dtype=torch.bfloat16, enabled=bf16 or cfg.score_bf16)
+    memory: dict[int, RowScores] = {}  # of --reuse-scores; not in the checkpoint: a resumed run scores all rows anew
     on_terminal = sys.stderr.isatty()
     steps = range(first_step, last_step + 1)
     bar = tqdm(steps, desc="train", initial=first_step - 1, total=last_step, disable=rank > 0 or not on_terminal)
@@ -657,45 +662,41 @@ def train(cfg: Config) -> None:
         order, weights, pool = take(cfg, pool, (step - 1) * per_step, step * per_step)
 
         # Stage 1. Every rank sees every sample's score, and so makes the same choice.
-        mine, nll, ppl, ent = [], None, None, None
+        memory = memory if cfg.reuse_scores > 1 else {}
+        scores, passed, ppl, ent, agreement = {}, [], None, None, {}
         if cfg.sample_pruner in ("qtuning", "entropy"):
-            mine = share([row_lengths[i] for i in order], world)[rank]
-            nll, entropy, loss_mask = score(model, [samples[order[i]] for i in mine], cfg.pass_tokens, autocast)
-            scores = (sample_perplexity(nll, loss_mask).tolist(), sample_entropy(entropy, loss_mask).tolist())
-            found = sorted(gather_lists(list(zip(mine, *scores, strict=True)), world))
-            ppl, ent = torch.tensor([pair for _, *pair in found]).T
+            scores, passed = row_scores(order, memory, cfg, model, samples, rank, world, score_autocast)
+            ppl, ent = on_plane(scores, order)
         scored = time.perf_counter()
         if pool.row_loss is not None or cfg.sample_pruner in SCORES_OF:
             chosen = [every_sample(per_step, torch.tensor(weights) > 0)]
         else:
             chosen = choose_samples(cfg, step, per_step, ppl, ent)
+        if ppl is not None and (cfg.score_bf16 or cfg.reuse_scores > 1) and step % cfg.check_scores == 0:
+            exact, _ = row_scores(order, {}, cfg, model, samples, rank, world, autocast)
+            exact = choose_samples(cfg, step, per_step, *on_plane(exact, order))
+            agreement = {"kept_agreement": kept_agreement(exact, chosen)}
         keep, trim = (torch.cat([getattr(c, name) for c in chosen]).tolist() for name in ("keep", "prune_tokens"))
 
-        # Stage 2, where a sample was scored: the mask (T,) of the tokens that stay in the loss.
+        # Stage 2: the mask (T,) of each kept sample's tokens that stay in the loss.
         kept_places = [place for place in range(per_step) if keep[place]]
-        if not mine:
-            mine = [kept_places[i] for i in share([row_lengths[order[place]] for place in kept_places], world)[rank]]
-            if cfg.token_pruner in NLL_PRUNERS and mine:
-                nll, _, _ = score(model, [samples[order[i]] for i in mine], cfg.pass_tokens, autocast)
-        attention, looked_at = None, [place for place in mine if trim[place]]
-        if cfg.token_pruner in ATTENTION_PRUNERS and looked_at:
-            rows = [samples[order[i]] for i in looked_at]
-            attention = attention_score(model, rows, cfg.token_pruner, cfg.pass_tokens, autocast)
-        masks = []
-        for at, place in enumerate(mine):
-            if keep[place]:
-                tokens = torch.tensor([samples[order[place]].labels[1:]]) != IGNORE_INDEX  # (1, T)
-                if trim[place]:
-                    width = tokens.shape[1]
-                    row_nll = None if nll is None else nll[at, None, :width]
-                    row_attention = None if attention is None else attention[looked_at.index(place), None, :width]
-                    tokens = choose_tokens(cfg, step, place, tokens, row_nll, row_attention, side.get(order[place]))
-                masks.append((place, tokens[0]))
-        kept_tokens = dict(gather_lists(masks, world))
+        trimmed = [place for place in kept_places if trim[place]]
+        rows, attention = list(dict.fromkeys(order[place] for place in trimmed)), {}
+        if cfg.token_pruner in NLL_PRUNERS and ppl is None:
+            scores, passed = row_scores(rows, memory, cfg, model, samples, rank, world, score_autocast)
+        if cfg.token_pruner in ATTENTION_PRUNERS:
+            attention = row_attention(rows, cfg, model, samples, rank, world, autocast)
+            passed = [*passed, *rows]
+        kept_tokens = {}
+        for place in kept_places:
+            row = order[place]
+            tokens = torch.tensor([samples[row].labels[1:]]) != IGNORE_INDEX  # (1, T)
+            if trim[place]:
+                nll = torch.zeros(tokens.shape).masked_scatter(tokens, scores[row].nll) if row in scores else None
+                tokens = choose_tokens(cfg, step, place, tokens, nll, attention.get(row), side.get(row))
+            kept_tokens[place] = tokens[0]
         num_kept = sum(int(tokens.sum()) for tokens in kept_tokens.values())
-        passed = range(per_step) if ppl is not None else kept_places if cfg.token_pruner in NLL_PRUNERS else []
-        passed = [*passed, *(place for place in kept_places if trim[place] and cfg.token_pruner in ATTENTION_PRUNERS)]
-        tokens_scored = sum(row_lengths[order[place]] - 1 for place in passed)
+        tokens_scored = sum(row_lengths[row] - 1 for row in passed)
         selected = time.perf_counter()
 
         # Train: the step's loss is the mean over the tokens kept on all ranks (choice C16).
@@ -759,6 +760,7 @@ def train(cfg: Config) -> None:
                 "train_s": done - selected,
                 "optimizer_s": done - differentiated,
                 "peak_mem_gib": peak_mem_gib(device),
+                **agreement,
                 **evaluated,
             }
             append_json(out / "metrics.jsonl", metrics)
@@ -780,6 +782,53 @@ def train(cfg: Config) -> None:
 
 
 NOTHING = Sample(id="", input_ids=[0, 0], labels=[IGNORE_INDEX, IGNORE_INDEX])  # a rank that keeps none trains on this
+
+
+@dataclass
+class RowScores:
+    """What scoring a row found: Eq. 4, Eq. 5, and the NLL (|T(x)|,) of its answer tokens; and how often it was used."""
+
+    ppl: float
+    ent: float
+    nll: Tensor
+    visits: int = 0
+
+
+def row_scores(rows, memory, cfg, model, samples, rank, world, autocast) -> tuple[dict[int, RowScores], list[int]]:
+    """The scores of these rows on every rank, by row, in `memory`: those that it lacks, or that served often enough,
+    anew. Also returns which these were."""
+    stale = [row for row in dict.fromkeys(rows) if row not in memory or memory[row].visits >= cfg.reuse_scores]
+    mine = [stale[i] for i in share([len(samples[row].input_ids) for row in stale], world)[rank]]
+    found = []
+    if mine:
+        nll, entropy, loss_mask = score(model, [samples[row] for row in mine], cfg.pass_tokens, autocast)
+        ppl, ent = sample_perplexity(nll, loss_mask).tolist(), sample_entropy(entropy, loss_mask).tolist()
+        found = [(row, RowScores(ppl[i], ent[i], nll[i, loss_mask[i]])) for i, row in enumerate(mine)]
+    memory.update(gather_lists(found, world))
+    for row in rows:
+        memory[row].visits += 1
+    return memory, stale
+
+
+def on_plane(scores: dict[int, RowScores], rows: list[int]) -> tuple[Tensor, Tensor]:
+    """ppl and ent (len(rows),) of these rows."""
+    return torch.tensor([scores[row].ppl for row in rows]), torch.tensor([scores[row].ent for row in rows])
+
+
+def row_attention(rows, cfg, model, samples, rank, world, autocast) -> dict[int, Tensor]:
+    """The scores (1, T) of `fastv` or `sparsevlm-text` of these rows on every rank, by row."""
+    mine = [rows[i] for i in share([len(samples[row].input_ids) for row in rows], world)[rank]]
+    found = []
+    if mine:
+        table = attention_score(model, [samples[row] for row in mine], cfg.token_pruner, cfg.pass_tokens, autocast)
+        found = [(row, table[i, None, : len(samples[row].input_ids) - 1]) for i, row in enumerate(mine)]
+    return dict(gather_lists(found, world))
+
+
+def kept_agreement(exact: list[SamplePruning], chosen: list[SamplePruning]) -> float:
+    """Of the samples that exact scores keep, the share that was kept."""
+    truth, kept = (torch.cat([c.keep for c in part]) for part in (exact, chosen))
+    return (truth & kept).sum().item() / truth.sum().item()
 
 
 def gather_lists(local: list, world: int) -> list:

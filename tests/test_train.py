@@ -167,6 +167,32 @@ def test_sets_are_scored_while_training_as_their_scorer_scores_the_model_of_that
     assert [metrics.get("eval_arc") for metrics in ranks] == [metrics.get("eval_arc") for metrics in scored]
 
 
+def test_reused_scores_are_made_on_every_second_visit_and_on_two_ranks_as_on_one(checkpoint, rows, tmp_path):
+    flags = ["--reuse-scores", "2", "--check-scores", "3", "--log-selection", "--epochs", "4", "--grad-accum", "10"]
+    alone = run(checkpoint, rows, tmp_path / "1", *flags)  # 40 rows: an epoch is one step
+    assert [metrics["tokens_scored"] > 0 for metrics in alone] == [True, False, True, False]
+    assert [metrics.get("kept_agreement") for metrics in alone] == [None, None, 1.0, None]  # scored anew just then
+    run(checkpoint, rows, tmp_path / "2", *flags[:-1], "5", ranks=2)
+    assert kept_ids(tmp_path / "1") == kept_ids(tmp_path / "2")
+    exact = run(checkpoint, rows, tmp_path / "exact", *flags[2:])
+    assert exact[0]["loss"] == alone[0]["loss"]
+    assert all("kept_agreement" not in metrics for metrics in exact)
+
+
+def test_scoring_in_bf16_says_how_far_it_agrees_with_fp32(checkpoint, rows, tmp_path):
+    metrics = run(checkpoint, rows, tmp_path / "run", "--score-bf16", "--check-scores", "1", "--max-steps", "2")
+    assert all(0.5 <= step["kept_agreement"] <= 1 for step in metrics)
+    exact = run(checkpoint, rows, tmp_path / "exact", "--max-steps", "2", "--log-selection")
+    rough = run(checkpoint, rows, tmp_path / "rough", "--score-bf16", "--max-steps", "2", "--log-selection")
+    scores = [
+        json.loads((tmp_path / name / "selection.jsonl").read_text().splitlines()[0]) for name in ("exact", "rough")
+    ]
+    ppl = [[sample["ppl"] for sample in step["samples"]] for step in scores]
+    assert ppl[0] != ppl[1]
+    assert ppl[0] == pytest.approx(ppl[1], rel=0.05)
+    assert len(exact) == len(rough)
+
+
 def test_the_run_makes_the_choices_of_prune_batch(checkpoint, rows, tmp_path):
     run(checkpoint, rows, tmp_path / "run", "--max-steps", "1", "--log-selection", "--prune-batch", "8")
     samples = load_samples(rows, TextTokenizer.from_pretrained(checkpoint))[0]
