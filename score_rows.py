@@ -97,6 +97,9 @@ SCALES = {  # what is asked -> its digits and the question, in words of our own
 }
 
 
+PRIMER = "Rating: "  # how the reply begins: a chat model left to itself would rather begin with a word
+
+
 @dataclasses.dataclass(frozen=True)
 class DigitQuestion:
     """How to ask a model for one digit, and which token ids answer.
@@ -122,7 +125,7 @@ class DigitQuestion:
         """
         digits, text = SCALES[what]
         render = resolve_template(template, tokenizer)
-        rows = [_conversation_ids(render, tokenizer, text, str(digit)) for digit in digits]
+        rows = [_conversation_ids(render, tokenizer, text, f"{PRIMER}{digit}") for digit in digits]
         differ = {at for row in rows for at in range(len(row)) if len(row) != len(rows[0]) or row[at] != rows[0][at]}
         if len(differ) != 1:
             raise ValueError(
@@ -137,7 +140,7 @@ class DigitQuestion:
             "\n\n".join(m["content"] for m in messages if (m["role"] == "assistant") == side) for side in (False, True)
         )
         text = self.text.format(request=request, answer=answer)
-        ids = _conversation_ids(self.render, self.tokenizer, text, str(self.digits[0]))[: -1 - self.tail]
+        ids = _conversation_ids(self.render, self.tokenizer, text, f"{PRIMER}{self.digits[0]}")[: -1 - self.tail]
         half = max_length // 2
         return ids if len(ids) <= max_length else ids[:half] + ids[-half:]
 

@@ -89,7 +89,7 @@ def test_a_rating_is_the_digit_expected_behind_the_rendered_question(
     messages = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
     prompt = question.prompt(messages, 2048)
     text = tokenizer.decode(prompt)
-    assert row["instruction"] in text and row["output"] in text and text.endswith("Answer: \n")
+    assert row["instruction"] in text and row["output"] in text and text.endswith("Answer: \nRating: ")
     with torch.no_grad():
         p = model(torch.tensor([prompt]))[0, -1].softmax(-1)[list(question.digit_ids)]
     expected = (p @ torch.arange(6.0) / p.sum()).item()
