@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import passes
 from data.sft import Sample
 from model import Transformer, add_lora
-from reproduce import efficiency, growth
+from reproduce import efficiency, growth, packing
 
 ROWS = [Sample(str(i), list(range(length)), [-100, -100, *range(2, length)]) for i, length in enumerate((5, 9, 17))]
 
@@ -64,3 +64,19 @@ def test_a_point_of_growth_is_measured():
     point = growth.measure({"length": 8, "rows": 2, "vocabulary": 50, "layers": 1, "width": 192}, repeats=1)
     assert point["seconds"] > 0
     assert point["bytes"] > 0
+
+
+def test_packing_is_measured_on_a_checkpoint_and_its_rows(checkpoint, rows, monkeypatch):
+    monkeypatch.setattr(packing, "HEADS", ((50, 8, 6),))
+    args = argparse.Namespace(model=str(checkpoint), data=str(rows), rows=8, max_length=64, pass_tokens=100, repeats=1)
+    results = packing.measure(args)
+    assert [row["what"] for row in results["compared"]] == [
+        "scoring",
+        "full data, full tuning",
+        "full data, LoRA",
+        "head, V 50, H 8",
+    ]
+    assert results["padded_tokens"] > results["tokens"] > results["answer_tokens"]
+    assert max(results["compared"][-1]["largest_error"]) < 1e-4
+    assert len(packing.table(results).splitlines()) == 2 + len(results["compared"])
+    json.dumps(results)
