@@ -65,6 +65,7 @@ def run(flags: list[str], args: argparse.Namespace) -> tuple[list[dict], dict]:
         command = [sys.executable, str(train.HERE / "train.py"), "--out", folder, "--max-steps", str(args.steps + 1)]
         given = {"--model": args.model, "--data": args.data, "--pass-tokens": args.pass_tokens, "--dtype": args.dtype}
         command += [str(part) for pair in given.items() if pair[1] for part in pair]
+        command += ["--skip-bad-rows"] if args.skip_bad_rows else []
         # Freed pages stay with the process: otherwise Linux clears them anew for every large tensor.
         environment = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000", **os.environ}
         done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False, env=environment)
@@ -188,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds; %(default)s")
     parser.add_argument("--pass-tokens", type=int, help="as in train.py")
     parser.add_argument("--dtype", help="as in train.py")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="as in train.py")
     parser.add_argument("--out", type=Path, help="write the result here (JSON)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result file, run nothing")
     args = parser.parse_args(argv)

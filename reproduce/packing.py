@@ -86,7 +86,7 @@ def compare(what: str, forms: dict[str, Callable[[], object]], repeats: int) -> 
 
 def measure(args: argparse.Namespace) -> dict:
     tokenizer = TextTokenizer.from_pretrained(args.model)
-    rows, _ = load_samples(args.data, tokenizer, max_length=args.max_length)
+    rows, _ = load_samples(args.data, tokenizer, "auto", args.max_length, args.skip_bad_rows)
     window = [rows[i] for i in train.stream_order(len(rows), 0, args.rows, 0)]
     results = {
         "model": Path(args.model).name,
@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=32, help="rows of the window; %(default)s")
     parser.add_argument("--max-length", type=int, default=2048, help="as in train.py; %(default)s")
     parser.add_argument("--pass-tokens", type=int, default=2048, help="as in train.py; %(default)s")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="as in train.py")
     parser.add_argument("--repeats", type=int, default=3, help="%(default)s")
     parser.add_argument("--out", type=Path, help="write the result here (JSON)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result file, run nothing")

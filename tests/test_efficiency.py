@@ -41,7 +41,7 @@ def test_the_formula_counts_the_products_of_a_step(tune, checkpointing):
 def test_a_small_benchmark_runs_and_measures_every_cell(checkpoint, rows, monkeypatch):
     monkeypatch.setattr(efficiency, "RATIOS", (0.5,))
     args = argparse.Namespace(model=str(checkpoint), data=str(rows), tuning=["full"], checkpointing=["off"])
-    args.steps, args.repeats, args.pass_tokens, args.dtype = 1, 1, None, None
+    args.steps, args.repeats, args.pass_tokens, args.dtype, args.skip_bad_rows = 1, 1, None, None, False
     results = efficiency.measure(args)
     cells = {(row["method"], row["sample_keep_ratio"]): row for row in results["rows"]}
     assert len(cells) == 4
@@ -68,7 +68,8 @@ def test_a_point_of_growth_is_measured():
 
 def test_packing_is_measured_on_a_checkpoint_and_its_rows(checkpoint, rows, monkeypatch):
     monkeypatch.setattr(packing, "HEADS", ((50, 8, 6),))
-    args = argparse.Namespace(model=str(checkpoint), data=str(rows), rows=8, max_length=64, pass_tokens=100, repeats=1)
+    args = argparse.Namespace(model=str(checkpoint), data=str(rows), rows=8, max_length=64, pass_tokens=100)
+    args.repeats, args.skip_bad_rows = 1, False
     results = packing.measure(args)
     assert [row["what"] for row in results["compared"]] == [
         "scoring",
