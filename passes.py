@@ -40,19 +40,6 @@ def packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def share(costs: Sequence[int], world: int) -> list[list[int]]:
-    """Items dealt to ranks so that all finish together: dearest first, each to the rank with the least so far.
-
-    Returns: each rank's items, ascending.
-    """
-    hands, load = [[] for _ in range(world)], [0] * world
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        to = load.index(min(load))
-        hands[to].append(i)
-        load[to] += costs[i]
-    return [sorted(hand) for hand in hands]
-
-
 def end_to_end(rows: Sequence[list[int]], device: str | torch.device) -> tuple[Tensor, list[int]]:
     """Token ids of rows as one: (1, N) int64, and the rows' lengths."""
     return torch.tensor([[token for row in rows for token in row]], device=device), [len(row) for row in rows]

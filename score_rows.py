@@ -38,7 +38,7 @@ from tqdm import tqdm
 from baselines import adam_direction, count_sketch, influence
 from data.sft import Sample, load_samples, read_rows, resolve_template, to_messages
 from data.tokenizer import TextTokenizer
-from model import Transformer, load_adapter
+from model import Transformer, load_adapter, write_json
 from passes import TokenLoss, end_to_end, pack, packs, score
 from qtuning import IGNORE_INDEX
 
@@ -324,12 +324,6 @@ def open_side_file(folder: Path, what: str, settings: dict) -> set[str]:
     if cut:
         os.truncate(path, len(whole) + 1 if whole else 0)
     return set(read_side_file(folder, what, convert=lambda value: None))
-
-
-def write_json(path: Path, value: dict) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 # ---------------------------------------------------------------------------------------------- command

@@ -29,7 +29,6 @@ import math
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -48,10 +47,11 @@ from tqdm import tqdm
 
 import baselines
 from baselines import every_sample, random_samples, random_tokens
-from data.sft import Sample, load_samples, stream_order
+from data.sft import Sample, load_samples, share, stream_order
 from data.tokenizer import TextTokenizer
-from model import Transformer, add_lora, save_adapter
-from passes import TokenLoss, attention_score, pack, packs, score, share
+from eval.common import code_version
+from model import Transformer, add_lora, save_adapter, write_aside, write_json
+from passes import TokenLoss, attention_score, pack, packs, score
 from qtuning import (
     IGNORE_INDEX,
     Quadrant,
@@ -483,21 +483,11 @@ def eval_scores(model: Transformer, tokenizer: TextTokenizer, sets: dict[str, tu
 
 def describe_run(cfg: Config, world: int, device: torch.device, samples: int) -> dict:
     """config.json: everything that a reader needs to run it again."""
-
-    def git(*args: str) -> str | None:
-        result = subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True, check=False)
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    try:
-        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except FileNotFoundError:  # no git on this machine
-        commit, dirty = None, None
     return {
         **dataclasses.asdict(cfg),
         "world_size": world,
         "num_samples": samples,
-        "commit": commit,
-        "uncommitted_changes": dirty,
+        **code_version(),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cpu cores",
         "versions": {
             "python": platform.python_version(),
@@ -519,7 +509,7 @@ def open_run(cfg: Config, description: dict) -> Path | None:
         if cfg.resume:
             raise ValueError(f"--resume: {out} holds no run (no config.json)")
         out.mkdir(parents=True, exist_ok=True)
-        write_aside(config_file, json.dumps(description, indent=2) + "\n")
+        write_json(config_file, description)
         return None
     if not cfg.resume:
         raise ValueError(f"--out {out} holds a run already; give --resume to go on with it, or another folder")
@@ -544,13 +534,6 @@ def open_run(cfg: Config, description: dict) -> Path | None:
         raise ValueError(f"--resume: the run in {out} takes {theirs} samples a step, these settings take {ours}")
     checkpoint_file = out / "checkpoint" / "state.pt"
     return checkpoint_file if checkpoint_file.exists() else None
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def cut_log(path: Path, last_step: int) -> None:

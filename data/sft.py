@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -460,6 +460,19 @@ def collate(samples: list[Sample], device: str | torch.device = "cpu") -> tuple[
         input_ids[row, :length] = torch.tensor(sample.input_ids[:-1])
         labels[row, :length] = torch.tensor(sample.labels[1:])
     return input_ids.to(device), labels.to(device)
+
+
+def share(costs: Sequence[int], world: int) -> list[list[int]]:
+    """Items dealt to ranks so that all finish together: dearest first, each to the rank with the least so far.
+
+    Returns: each rank's items, ascending.
+    """
+    hands, load = [[] for _ in range(world)], [0] * world
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        to = load.index(min(load))
+        hands[to].append(i)
+        load[to] += costs[i]
+    return [sorted(hand) for hand in hands]
 
 
 def stream_order(num_samples: int, start: int, stop: int, seed: int) -> list[int]:

@@ -29,9 +29,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data.sft import line_of_row, read_rows
+from data.sft import line_of_row, read_rows, share
 from data.tokenizer import TextTokenizer
-from model import KVCache, Transformer, generate, load_adapter, shared_length
+from model import KVCache, Transformer, generate, load_adapter, shared_length, write_aside
 
 PROTOCOLS = ("paper", "standard")
 LOGITS_AT_ONCE = 2**24  # fp32 logits alive at one time: 64 MiB
@@ -259,7 +259,8 @@ def over_ranks(
     bit. Members are 0, 1, ..., each in one group; costs: of each member, in any unit. A rank's ValueError or lack
     of GPU memory is raised on all, so that none waits for ever."""
     rank, world = this_rank()
-    mine = deal(groups, costs, world)[rank]
+    hands = share([sum(costs[i] for i in group) for group in groups], world)
+    mine = [groups[g] for g in hands[rank]]
     done: dict[int, object] | Exception = {}
     try:
         for group in progress(mine, what, quiet=rank > 0):
@@ -276,17 +277,6 @@ def over_ranks(
             raise part
         whole.update(part)
     return [whole[i] for i in range(len(whole))]
-
-
-def deal(groups: list[list[int]], costs: Sequence[int], world: int) -> list[list[list[int]]]:
-    """Each rank's groups: dealt out dearest first, each to the rank with the least to do so far."""
-    hands: list[list[list[int]]] = [[] for _ in range(world)]
-    load = [0] * world
-    for group in sorted(groups, key=lambda group: -sum(costs[i] for i in group)):
-        to = load.index(min(load))
-        hands[to].append(group)
-        load[to] += sum(costs[i] for i in group)
-    return hands
 
 
 def progress(groups: list[list[int]], what: str, quiet: bool = False) -> Iterator[list[int]]:
@@ -593,9 +583,6 @@ def code_version() -> dict:
 
 
 def write_json(path: str | Path, value: dict) -> None:
-    """Written aside first, then renamed, so never half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    """Written aside first, then renamed, so never half a file; its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")

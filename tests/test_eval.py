@@ -750,20 +750,6 @@ def test_any_number_of_ranks_writes_the_same_files_and_reports_one_ranks_error(f
     assert written[1] == written[2]
 
 
-@given(
-    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=8),
-    world=st.integers(1, 5),
-    costs=st.lists(st.integers(1, 50), min_size=32, max_size=32),
-)
-def test_every_group_goes_to_one_rank_and_none_has_much_more_to_do(sizes, world, costs):
-    members = iter(range(sum(sizes)))
-    groups = [[next(members) for _ in range(size)] for size in sizes]
-    hands = common.deal(groups, costs, world)
-    assert len(hands) == world and sorted(group for hand in hands for group in hand) == groups
-    load = [sum(costs[i] for group in hand for i in group) for hand in hands]
-    assert max(load) - min(load) <= max(sum(costs[i] for i in group) for group in groups)
-
-
 def test_an_adapter_scores_like_the_model_it_is_merged_into(folder, tmp_path):
     tuned = model_module.add_lora(model_module.Transformer.from_pretrained(folder), rank=2, alpha=4)
     torch.manual_seed(1)
