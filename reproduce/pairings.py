@@ -180,13 +180,15 @@ def tables(results: dict) -> str:
     """Markdown: for each measure one row a sample pruner and one column a token pruner; then budgets; then who wins."""
     runs, parts = results["runs"], []
     pairs = by_pairing(runs)
+    samples = [sample for sample in SAMPLES if any(pair[0] == sample for pair in pairs)]
+    tokens = [token for token in TOKENS if any(pair[1] == token for pair in pairs)]
     columns = {name: (name, digits) for name, (_, digits) in MEASURES.items()}
     columns |= {"answer tokens kept": ("answer_tokens_kept", 0), "CPU seconds of training": ("cpu_seconds", 0)}
     for title, (key, digits) in columns.items():
-        head = [NAMES.get(title, title), *TOKENS]
+        head = [NAMES.get(title, title), *tokens]
         lines = [head, ["---"] * len(head)]
-        for sample in SAMPLES:
-            cells = [pairs.get((sample, token)) for token in TOKENS]
+        for sample in samples:
+            cells = [pairs.get((sample, token)) for token in tokens]
             values = ["" if c is None else f"{statistics.mean(run[key] for run in c):.{digits}f}" for c in cells]
             lines.append([sample, *values])
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
@@ -205,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/pairings"), help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each of the paper's pairings, seeds 0, 1, ...")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pairings.json")
+    parser.add_argument("--gather", action="store_true", help="write what is finished, train nothing more")
     parser.add_argument("--table", action="store_true", help="print the tables of --out and stop")
     args = parser.parse_args(argv)
     try:
@@ -214,10 +217,12 @@ def main(argv: list[str] | None = None) -> None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             side, told = prepare(args.runs)
             results = {"before": scores(Path(train.TINY["model"]), args.runs), "preparation": told, "runs": []}
-            runs = plan(args.seeds)
-            for number, (sample, token, seed) in enumerate(runs, start=1):
+            runs = [(pairing, args.runs / "--".join(map(str, pairing))) for pairing in plan(args.seeds)]
+            if args.gather:
+                runs = [(pairing, folder) for pairing, folder in runs if (folder / "scores.json").exists()]
+            for number, ((sample, token, seed), folder) in enumerate(runs, start=1):
                 print(f"{number} of {len(runs)}: {sample} x {token}, seed {seed}", flush=True)
-                run = run_one(args.runs / f"{sample}--{token}--{seed}", sample, token, seed, side)
+                run = run_one(folder, sample, token, seed, side)
                 results["machine"] = run.pop("machine")
                 results["runs"].append(run)
                 if number > 1:  # two seeds of random with random: a spread
