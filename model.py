@@ -659,8 +659,8 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + self.scale * update
+        low = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # scaled here, where it is small
+        return F.linear(x, self.weight, self.bias) + F.linear(low, self.lora_B.to(x.dtype))
 
     def merged_weight(self) -> Tensor:
         """W + (alpha / rank) B A, summed in fp32 and rounded once to W's dtype."""

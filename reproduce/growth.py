@@ -4,7 +4,7 @@
     python -m reproduce.growth --table FILE.json      print the table of a result file, run nothing
 
 Random weights; half of each row's tokens are answers. One setting grows, the others stay at the first line of SWEEPS.
-Memory is what torch's allocator had given out at most beyond the weights. An exponent is the slope of the straight
+Seconds are the process's own CPU time. Memory is what torch's allocator had given out at most beyond the weights. An exponent is the slope of the straight
 line through the logarithms: 1 means that twice as much costs twice as much. CPU only.
 """
 
@@ -61,9 +61,9 @@ def measure(setting: dict, repeats: int) -> dict:
     peak = allocated_peak(work)
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     parameters = sum(p.numel() for p in model.parameters())
     return {**setting, "parameters": parameters, "seconds": statistics.median(seconds), "bytes": peak}
 

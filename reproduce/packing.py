@@ -7,7 +7,7 @@ Plain: micro-batches padded to their longest row, logits of every token, log-sof
 passes.py. Both score a window of rows, and both train a step of full data on it (LoRA and full tuning, forward and
 backward). The head alone is measured against the bare product that it cannot do without, and its NLL and entropy
 against float64. Memory is what torch's CPU allocator had given out at most beyond what was there before; seconds are
-medians of repeats that take turns. CPU only, fp32.
+the process's own CPU time (of all its threads), medians of repeats that take turns. CPU only, fp32.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def compare(what: str, forms: dict[str, Callable[[], object]], repeats: int) -> 
     seconds = {name: [] for name in forms}
     for _ in range(repeats):
         for name, work in forms.items():
-            started = time.perf_counter()
+            started = time.process_time()
             work()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     plain, ours = median["plain"], median["ours"]
     row = {"what": what, "seconds": median, "mib": {name: peak[name] / 2**20 for name in forms}}

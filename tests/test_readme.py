@@ -31,7 +31,7 @@ def test_the_flags_it_names_exist():
     for source in sources:
         flags |= set(re.findall(r'"(--[a-z-]+)"', source.read_text(encoding="utf-8")))
     elsewhere = {"--help", "--nproc_per_node", "--standalone"}
-    assert set(re.findall(r"--[a-z][a-z_-]+", README)) - flags - elsewhere == set()
+    assert set(re.findall(r"--[a-z][a-z0-9_-]+", README)) - flags - elsewhere == set()
 
 
 def test_every_choice_has_its_row_and_every_row_a_test_that_exists():
