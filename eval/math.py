@@ -127,7 +127,7 @@ def extract(text: str, protocol: str) -> str | None:
     said = next((piece for piece in pieces if re.search("final answer|answer is", piece, re.IGNORECASE)), None)
     if said is None:
         return pieces[0].strip()
-    said = re.split("answer is|final answer", said, flags=re.IGNORECASE)[-1]
+    said = re.split("(?:final )?answer is|final answer", said, flags=re.IGNORECASE)[-1]
     formula = re.search(r"\$([^$]+)\$", said)
     return (formula[1] if formula else said).strip(" :\n")
 

@@ -48,7 +48,9 @@ def test_the_last_closed_box_is_found(text, boxed):
     [
         (r"\boxed{4}. Problem: 2? \boxed{5}", "5", "4"), (r"Problem: 2? \boxed{5}", "5", None),
         ("So on. Final Answer: The final answer is $7$. I hope.", "7", None), ("The answer is 7", "7", None),
-        ("THE ANSWER IS: 7.", "7", None), ("The final answer: 12 apples. x", "12 apples", None),
+        ("THE ANSWER IS: 7.", "7", None),
+        ("It is so.\nFinal Answer: The final answer is 24.", "24", None), ("The final answer is $1.$", "$1", None),
+        ("The final answer: 12 apples. x", "12 apples", None),
         ("It is 8. The answer is $x=3$ and. The answer is 9", "x=3", None), ("The answer is 3.5", "3", None),
         ("It is 8. More", "It is 8", None), ("no answer", "no answer", None), ("", "", None),
         ("The answer is", "", None),
