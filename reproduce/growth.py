@@ -3,9 +3,9 @@
     python -m reproduce.growth [--out FILE.json]      measure here; with matplotlib (the plot extra) also FILE.svg
     python -m reproduce.growth --table FILE.json      print the table of a result file, run nothing
 
-Random weights; half of each row's tokens are answers. One setting grows, the others stay at the first line of SWEEPS.
-Seconds are the process's own CPU time. Memory is what torch's allocator had given out at most beyond the weights. An exponent is the slope of the straight
-line through the logarithms: 1 means that twice as much costs twice as much. CPU only.
+Random weights; half of each row's tokens are answers. One setting grows, the others stay as in BASE. Seconds are the
+process's own CPU time. Memory is what torch's allocator had given out at most beyond the weights. An exponent is the
+slope of the straight line through the logarithms: 1 means that twice as much costs twice as much. CPU only.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import train
-from reproduce import compare, memory, quickstart, selection
+from reproduce import compare, memory, quickstart, report, selection
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,4 +58,8 @@ def test_its_tables_are_those_of_the_committed_results():
     assert tables["compare"].strip() == compare.table(json.loads((RESULTS / "default.json").read_text())).strip()
     runs = [json.loads((RESULTS / f"smollm2_{data}.json").read_text()) for data in ("gsm8k", "alpaca")]
     assert tables["memory"].strip() == memory.table(json.loads(memory.RESULT.read_text())).strip()
+    assert (
+        tables["scores"].strip()
+        == report.scores_table(json.loads((RESULTS / "smollm2_scores.json").read_text())).strip()
+    )
     assert tables["smollm2"].strip() == selection.table(runs).strip()
