@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import score_rows
@@ -176,12 +177,12 @@ def beyond_noise(runs: list[dict]) -> dict[str, list[dict]]:
     return found
 
 
-def tables(results: dict) -> str:
+def tables(results: dict, samples: Sequence[str] = SAMPLES, tokens: Sequence[str] = TOKENS) -> str:
     """Markdown: for each measure one row a sample pruner and one column a token pruner; then budgets; then who wins."""
     runs, parts = results["runs"], []
     pairs = by_pairing(runs)
-    samples = [sample for sample in SAMPLES if any(pair[0] == sample for pair in pairs)]
-    tokens = [token for token in TOKENS if any(pair[1] == token for pair in pairs)]
+    samples = [sample for sample in samples if any(pair[0] == sample for pair in pairs)]
+    tokens = [token for token in tokens if any(pair[1] == token for pair in pairs)]
     columns = {name: (name, digits) for name, (_, digits) in MEASURES.items()}
     columns |= {"answer tokens kept": ("answer_tokens_kept", 0), "CPU seconds of training": ("cpu_seconds", 0)}
     for title, (key, digits) in columns.items():

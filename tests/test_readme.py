@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import train
-from reproduce import compare, memory, quickstart, report, selection
+from reproduce import compare, efficiency, memory, packing, pairings, quickstart, report, selection
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,6 +57,12 @@ def test_its_tables_are_those_of_the_committed_results():
     assert tables["quickstart"].strip() == quickstart.report(shown).strip()
     assert tables["compare"].strip() == compare.table(json.loads((RESULTS / "default.json").read_text())).strip()
     runs = [json.loads((RESULTS / f"smollm2_{data}.json").read_text()) for data in ("gsm8k", "alpaca")]
+    found, paper = json.loads((RESULTS / "pairings.json").read_text()), (pairings.PAPER_SAMPLES, pairings.PAPER_TOKENS)
+    assert tables["pairings"].strip() == pairings.tables(found, *paper).split("\n\n")[1]
+    assert tables["efficiency"].strip() == efficiency.table(
+        json.loads((RESULTS / "efficiency_smollm2.json").read_text())
+    )
+    assert tables["packing"].strip() == packing.table(json.loads((RESULTS / "packing_smollm2.json").read_text()))
     assert tables["memory"].strip() == memory.table(json.loads(memory.RESULT.read_text())).strip()
     assert (
         tables["scores"].strip()
