@@ -75,7 +75,7 @@ def test_the_packed_loss_has_the_gradients_of_rows_one_by_one(family, rows, lora
     for (name, p), q in zip(packed.named_parameters(), plain.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
-            assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + 1e-6, name
+            assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + 2e-5, name
 
 
 @pytest.mark.parametrize("signature", ["torch 2.11", "torch 2.13"])
