@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import train
-from reproduce import compare, efficiency, memory, packing, pairings, quickstart, report, selection
+from reproduce import compare, efficiency, growth, memory, packing, pairings, quickstart, report, selection
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,6 +62,7 @@ def test_its_tables_are_those_of_the_committed_results():
     assert tables["efficiency"].strip() == efficiency.table(
         json.loads((RESULTS / "efficiency_smollm2.json").read_text())
     )
+    assert tables["growth"].strip() == growth.table(json.loads((RESULTS / "growth.json").read_text()))
     assert tables["packing"].strip() == packing.table(json.loads((RESULTS / "packing_smollm2.json").read_text()))
     assert tables["memory"].strip() == memory.table(json.loads(memory.RESULT.read_text())).strip()
     assert (
