@@ -660,7 +660,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         low = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # scaled here, where it is small
-        return F.linear(x, self.weight, self.bias) + F.linear(low, self.lora_B.to(x.dtype))
+        update = F.linear(low, self.lora_B.to(x.dtype))  # first: checkpointing then need not make W x again at the end
+        return update + F.linear(x, self.weight, self.bias)
 
     def merged_weight(self) -> Tensor:
         """W + (alpha / rank) B A, summed in fp32 and rounded once to W's dtype."""
