@@ -33,7 +33,7 @@ What a mini-batch's sample pruner returns is a `qtuning.SamplePruning`; a token 
 that choose rows once return the indices of the kept rows, and InfoBatch the weight of every row. Where a function
 says `num_keep`, it is floor(r_sample * N). Ties go to the earlier row or token: the caller orders rows by a hash
 of seed and id, so that a tie between rows depends on the seed alone. What is random takes a `torch.Generator`.
-Everything is pure, and what a model must be asked for is asked elsewhere (score_rows.py).
+Everything is pure, and what a model must be asked for is asked elsewhere (passes.py, score_rows.py).
 
 Shapes: B samples of a mini-batch, N rows of the data, T label positions, L tokens of a row, D embedding size.
 """

@@ -6,9 +6,9 @@
 
 One optimizer step takes grad_accum micro-batches for each rank, scores them all without gradients, lets every
 prune batch choose what it keeps, and trains on the kept samples in as few passes as fit. Every rank holds all
-rows: what is scored, and then what is trained on, is dealt out by length so that ranks finish together; scores,
-masks and ids travel, and every rank makes the same choice. The loss of a step is the sum over its kept tokens on
-all ranks, divided by their number.
+rows: what is scored, and then what is trained on, is dealt out by length so that ranks finish together; scores
+travel (perplexity, entropy, the answer tokens' NLL), and every rank makes the same choice. The loss of a step is
+the sum over its kept tokens on all ranks, divided by their number.
 
 A sample pruner that chooses its rows ahead, once or for an epoch, fills a step with as many of them as Q-Tuning
 would keep of it, so that every method takes as many optimizer steps, of as many kept samples. What such a pruner
