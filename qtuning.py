@@ -22,6 +22,7 @@ shifted). Masks are bool, True = trainable or kept. Ratios say what is kept; log
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -41,6 +42,10 @@ class Quadrant(IntEnum):
     VALUABLE_MISCONCEPTION = 2  # Q2
     REDUNDANT_KNOWLEDGE = 3  # Q3
     CALIBRATION_DATA = 4  # Q4
+
+
+KEEP_QUADRANTS = (Quadrant.VALUABLE_MISCONCEPTION, Quadrant.CALIBRATION_DATA)  # the method's: Algorithm 1 line 17
+TRIM_QUADRANTS = (Quadrant.VALUABLE_MISCONCEPTION,)  # line 27
 
 
 # ----------------------------------------------------------- Sec. 3.1: the Error-Uncertainty plane
@@ -168,11 +173,17 @@ def assign_quadrants(ppl: Tensor, ent: Tensor, thresholds: Thresholds) -> Tensor
 
 
 def bisect_thresholds(
-    ppl: Tensor, ent: Tensor, num_keep: int, *, upper: float = 0.49, max_iters: int = 20
+    ppl: Tensor,
+    ent: Tensor,
+    num_keep: int,
+    *,
+    upper: float = 0.49,
+    max_iters: int = 20,
+    keep_quadrants: Collection[Quadrant] = KEEP_QUADRANTS,
 ) -> Thresholds:
     """Search the quantile levels at which Q2 and Q4 hold as many samples as possible up to `num_keep`, Eq. (6).
 
-    Both corners grow with alpha and beta, so the number kept is monotone and bisection finds the level:
+    Every corner grows with alpha and beta, so the number kept is monotone and bisection finds the level:
 
         (alpha_low, alpha_high) <- (alpha_low, alpha)    if more than num_keep are kept
                                    (alpha, alpha_high)   otherwise;    beta likewise
@@ -182,8 +193,10 @@ def bisect_thresholds(
         num_keep:  the target, r_sample * B rounded down.
         upper:     the search interval is [0, upper]; at most 0.5, where the low side meets the high side.
         max_iters: halvings; the default ends with a bracket of 5e-7, far below 1/B of any mini-batch.
+        keep_quadrants: the corners whose samples count; others than Q2 and Q4 are the ablations of Tables 4 and 15.
     Returns:
-        Thresholds at the lower end of the last bracket: they keep at most num_keep samples.
+        Thresholds at the lower end of the last bracket: they keep at most num_keep samples. Only Q3 is not empty at
+        alpha = 0: it holds what is lowest on both axes, and where more than num_keep samples tie there, it keeps more.
     Source: Eq. (6), Algorithm 1 lines 5-16. Choices C1: upper = 0.49, as in Algorithm 1 (Sec. 3.2: 0.5).
         C2: exactly on target raises the lower bound, as in Eq. (6). C3: the lower bracket is returned, since
         the last midpoint may keep too many; alpha and beta start alike and so move in lockstep.
@@ -191,12 +204,15 @@ def bisect_thresholds(
     _check_plane(ppl, ent)
     if not 0 <= upper <= 0.5:
         raise ValueError(f"upper must be in [0, 0.5], got {upper}")
+    if not keep_quadrants:
+        raise ValueError("keep_quadrants must name one quadrant at least, got none")
+    _check_quadrants("keep_quadrants", keep_quadrants)
     ppl, ent = ppl.cpu(), ent.cpu()  # one copy from a GPU, not a wait in every halving
     low, high = 0.0, upper  # alpha_low = beta_low, alpha_high = beta_high
     for _ in range(max_iters):
         alpha = (low + high) / 2
         quadrant = assign_quadrants(ppl, ent, thresholds_at(ppl, ent, alpha, alpha))
-        num_kept = int(_in_q2_or_q4(quadrant).sum())
+        num_kept = int(_in_any(quadrant, keep_quadrants).sum())
         if num_kept > num_keep:  # Eq. (6): too many kept, tighten
             high = alpha
         else:  # relax
@@ -228,7 +244,7 @@ class SamplePruning:
         keep:         (B,) bool, the samples to train on.
         quadrant:     (B,) int64, `Quadrant` values.
         backfilled:   (B,) bool, kept by the supp-score and not for their quadrant.
-        prune_tokens: (B,) bool, kept samples whose tokens stage 2 trims (Q2 and what counts as Q2).
+        prune_tokens: (B,) bool, kept samples whose tokens stage 2 trims (by default Q2 and what counts as Q2).
         thresholds:   where the plane was cut; None from a pruner that does not cut it.
     """
 
@@ -240,7 +256,14 @@ class SamplePruning:
 
 
 def prune_samples(
-    ppl: Tensor, ent: Tensor, sample_keep_ratio: float, *, upper: float = 0.49, max_iters: int = 20
+    ppl: Tensor,
+    ent: Tensor,
+    sample_keep_ratio: float,
+    *,
+    upper: float = 0.49,
+    max_iters: int = 20,
+    keep_quadrants: Collection[Quadrant] = KEEP_QUADRANTS,
+    trim_quadrants: Collection[Quadrant] = TRIM_QUADRANTS,
 ) -> SamplePruning:
     """Stage 1: keep Q2 and Q4, fill up to the budget by the supp-score. Algorithm 1 lines 5-21.
 
@@ -248,30 +271,37 @@ def prune_samples(
         ppl, ent:          (B,) float, finite: Eq. (4) and (5) of a mini-batch.
         sample_keep_ratio: r_sample in [0, 1]; exactly floor(r_sample * B) samples are kept.
         upper, max_iters:  of the bisect search.
+        keep_quadrants:    whose samples are kept, not empty; the ablations of Tables 4 and 15 keep others.
+        trim_quadrants:    whose kept samples lose tokens in stage 2; may be empty.
     Raises:
-        ValueError: shapes differ; a NaN or infinite value; a ratio outside [0, 1] or too small to keep one.
+        ValueError: shapes differ; a NaN or infinite value; a ratio outside [0, 1] or too small to keep one;
+            quadrants other than Q1 to Q4.
     Choices C6: the budget is met exactly. C7: every sample not kept may be filled in, whether of Q1, Q3 or
         BETWEEN; the largest supp-score first, ties by position. C9: a filled-in sample's tokens are trimmed
         as in Q2 if its normalised PPL is at least its normalised Ent, else it stays whole as in Q4.
     """
     _check_plane(ppl, ent)
+    _check_quadrants("trim_quadrants", trim_quadrants)
     num_keep = num_samples_to_keep(sample_keep_ratio, len(ppl))
-    thresholds = bisect_thresholds(ppl, ent, num_keep, upper=upper, max_iters=max_iters)
+    thresholds = bisect_thresholds(ppl, ent, num_keep, upper=upper, max_iters=max_iters, keep_quadrants=keep_quadrants)
     quadrant = assign_quadrants(ppl, ent, thresholds)
-    in_q2_or_q4 = _in_q2_or_q4(quadrant)  # line 17
+    in_kept = _in_any(quadrant, keep_quadrants)  # line 17
+    in_kept &= in_kept.cumsum(0) <= num_keep  # too many only where Q3 is kept and its samples tie: by position
 
-    num_missing = num_keep - int(in_q2_or_q4.sum())  # lines 18-21
-    candidates = supp_score(ppl, ent).masked_fill(in_q2_or_q4, -math.inf)
+    num_missing = num_keep - int(in_kept.sum())  # lines 18-21
+    candidates = supp_score(ppl, ent).masked_fill(in_kept, -math.inf)
     largest_first = candidates.sort(descending=True, stable=True).indices
-    backfilled = torch.zeros_like(in_q2_or_q4)
+    backfilled = torch.zeros_like(in_kept)
     backfilled[largest_first[:num_missing]] = True
 
     like_q2 = _min_max(ppl) >= _min_max(ent)
+    nearer = torch.where(like_q2, Quadrant.VALUABLE_MISCONCEPTION, Quadrant.CALIBRATION_DATA)
+    keep = in_kept | backfilled
     return SamplePruning(
-        keep=in_q2_or_q4 | backfilled,
+        keep=keep,
         quadrant=quadrant,
         backfilled=backfilled,
-        prune_tokens=(quadrant == Quadrant.VALUABLE_MISCONCEPTION) | (backfilled & like_q2),
+        prune_tokens=keep & _in_any(torch.where(backfilled, nearer, quadrant), trim_quadrants),
         thresholds=thresholds,
     )
 
@@ -360,6 +390,8 @@ def prune_batch(
     reverse: bool = False,
     upper: float = 0.49,
     max_iters: int = 20,
+    keep_quadrants: Collection[Quadrant] = KEEP_QUADRANTS,
+    trim_quadrants: Collection[Quadrant] = TRIM_QUADRANTS,
 ) -> PrunedBatch:
     """Q-Tuning's decisions for one mini-batch: Algorithm 1.
 
@@ -370,12 +402,21 @@ def prune_batch(
         token_keep_ratio:   r_token in [0, 1]: the share of its answer tokens that a trimmed sample keeps.
         smoothing:          lambda in [0, 1].
         reverse, upper, max_iters: of `prune_tokens` and `bisect_thresholds`.
+        keep_quadrants, trim_quadrants: of `prune_samples`.
     Raises:
         ValueError: what the parts refuse, by name and row.
     """
     ppl = sample_perplexity(nll, loss_mask)  # line 4
     ent = sample_entropy(token_entropy, loss_mask)
-    samples = prune_samples(ppl, ent, sample_keep_ratio, upper=upper, max_iters=max_iters)  # lines 5-21
+    samples = prune_samples(  # lines 5-21
+        ppl,
+        ent,
+        sample_keep_ratio,
+        upper=upper,
+        max_iters=max_iters,
+        keep_quadrants=keep_quadrants,
+        trim_quadrants=trim_quadrants,
+    )
     trimmed = prune_tokens(token_perplexity(nll), loss_mask, token_keep_ratio, smoothing, reverse=reverse)
     return PrunedBatch(samples, token_mask(samples, trimmed, loss_mask), ppl, ent)  # lines 23-33
 
@@ -414,8 +455,8 @@ def num_tokens_to_keep(token_keep_ratio: float, num_tokens: int) -> int:
     return max(1, math.floor(token_keep_ratio * num_tokens + ROUNDING))
 
 
-def _in_q2_or_q4(quadrant: Tensor) -> Tensor:
-    return (quadrant == Quadrant.VALUABLE_MISCONCEPTION) | (quadrant == Quadrant.CALIBRATION_DATA)
+def _in_any(quadrant: Tensor, quadrants: Collection[Quadrant]) -> Tensor:
+    return torch.isin(quadrant, torch.tensor(list(quadrants), dtype=torch.int64, device=quadrant.device))
 
 
 def _min_max(values: Tensor) -> Tensor:
@@ -435,6 +476,11 @@ def _mean_over_answer(name: str, values: Tensor, loss_mask: Tensor) -> Tensor:
 def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def _check_quadrants(name: str, quadrants: Collection[Quadrant]) -> None:
+    if not set(quadrants) <= set(Quadrant) - {Quadrant.BETWEEN}:
+        raise ValueError(f"{name} must be of Quadrant 1 to 4, got {list(quadrants)}")
 
 
 def _check_plane(ppl: Tensor, ent: Tensor) -> None:

@@ -106,6 +106,8 @@ class Config:
     token_keep_ratio: float = flag(0.5, "r_token: share of a trimmed sample's answer tokens to keep, [0, 1]")
     smoothing: float = flag(0.5, "lambda of Eq. 7: weight of a token's neighbours, [0, 1]")
     reverse: bool = flag(False, "keep the tokens of the highest score: the ablation of Table 5")
+    keep_quadrants: str = flag("2,4", "quadrants that qtuning keeps, of 1 to 4: the ablation of Tables 4 and 15")
+    trim_quadrants: str = flag("2", "quadrants of which qtuning has the kept samples trimmed; '': none")
     token_pruning: str = flag("mask", "pruned tokens leave the loss, or the input too", ("mask", "drop"))
     scores: str | None = flag(None, "folder of side files (score_rows.py), for the pruners that need them")
     drop_unscored: bool = flag(False, "never choose a row without a score; otherwise the first one ends the run")
@@ -144,6 +146,10 @@ class Config:
             check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("prune_batch", "pass_tokens", "max_steps", "eval_every", "eval_limit"):
             check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        for name, least in (("keep_quadrants", 1), ("trim_quadrants", 0)):
+            named = getattr(self, name).split(",") if getattr(self, name) else []
+            ok = len(named) == len(set(named)) >= least and set(named) <= set("1234")
+            check(name, ok, f"{'one or more' if least else 'any'} of 1,2,3,4, none of them twice")
         check("max_length", self.max_length >= 2, "at least 2")
         check("lora_rank", self.lora_rank >= 0, "at least 0")
         check("epochs", 0 < self.epochs < math.inf, "above 0")
@@ -325,6 +331,11 @@ def take(cfg: Config, pool: Pool, start: int, stop: int) -> tuple[list[int], lis
     return order, weights, pool
 
 
+def quadrants_of(text: str) -> list[Quadrant]:
+    """The quadrants that --keep-quadrants or --trim-quadrants names."""
+    return [Quadrant(int(number)) for number in text.split(",") if number]
+
+
 def choose_samples(cfg: Config, step: int, num: int, ppl: Tensor | None, ent: Tensor | None) -> list[SamplePruning]:
     """Stage 1 on each prune batch of the step's `num` samples, in order; ppl and ent (num,) if it needs them."""
     size = cfg.prune_batch
@@ -332,7 +343,8 @@ def choose_samples(cfg: Config, step: int, num: int, ppl: Tensor | None, ent: Te
     for start in range(0, num, size):
         part = slice(start, min(start + size, num))
         if cfg.sample_pruner == "qtuning":
-            chosen.append(prune_samples(ppl[part], ent[part], cfg.sample_keep_ratio))
+            quadrants = {name: quadrants_of(getattr(cfg, name)) for name in ("keep_quadrants", "trim_quadrants")}
+            chosen.append(prune_samples(ppl[part], ent[part], cfg.sample_keep_ratio, **quadrants))
         elif cfg.sample_pruner == "entropy":
             chosen.append(baselines.entropy_samples(ent[part], cfg.sample_keep_ratio))
         elif cfg.sample_pruner == "random":
@@ -436,8 +448,8 @@ def selection_counts(chosen: list[SamplePruning]) -> dict[str, int]:
     counts = {
         "samples_seen": torch.ones_like(keep),
         "samples_kept": keep,
-        "kept_q2": quadrant == Quadrant.VALUABLE_MISCONCEPTION,
-        "kept_q4": quadrant == Quadrant.CALIBRATION_DATA,
+        "kept_q2": keep & ~backfilled & (quadrant == Quadrant.VALUABLE_MISCONCEPTION),
+        "kept_q4": keep & ~backfilled & (quadrant == Quadrant.CALIBRATION_DATA),
         "backfilled_q2": backfilled & as_q2,
         "backfilled_q4": backfilled & ~as_q2,
         "in_q1": quadrant == Quadrant.HARMFUL_NOISE,

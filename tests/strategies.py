@@ -9,11 +9,13 @@ twin's leaves them out instead of comparing with a tolerance that would hide err
 
 import math
 from fractions import Fraction
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import torch
 import twin
 from hypothesis import strategies as st
+
+from qtuning import Quadrant
 
 
 def tensor(values, dtype=torch.float32):
@@ -59,6 +61,12 @@ def planes_and_ratios(draw, max_size=12):
     """(ppl, ent) and a sample keep ratio that keeps at least one of them."""
     plane = draw(planes(max_size))
     return plane, draw(keep_ratios(least=Fraction(1, len(plane[0]))))
+
+
+quadrants = st.sampled_from([some for n in range(5) for some in combinations(list(Quadrant)[1:], n)])  # none to all
+ablations = st.one_of(  # which quadrants are kept and trimmed: the method's, or any
+    st.just({}), st.fixed_dictionaries({"keep_quadrants": quadrants.filter(bool), "trim_quadrants": quadrants})
+)
 
 
 @st.composite

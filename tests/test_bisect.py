@@ -22,14 +22,15 @@ import torch
 import twin
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import planes, tensor
+from strategies import planes, quadrants, tensor
 
 import qtuning
-from qtuning import Quadrant
+from qtuning import KEEP_QUADRANTS, Quadrant
 
 fractions = st.one_of(st.fractions(0, 1, max_denominator=12), st.fractions(0, 1, max_denominator=1000))
 gammas = fractions.map(float)
 alphas = gammas.map(lambda gamma: gamma / 2)  # many on a multiple of 1/B, where the plane changes
+diagonal = (tensor([1.0, 2, 3, 4]), tensor([1.0, 2, 3, 4]))
 anti_diagonal = (tensor([1.0, 2, 3, 4]), tensor([4.0, 3, 2, 1]))
 
 
@@ -37,16 +38,16 @@ def quadrants_at(plane, alpha):
     return qtuning.assign_quadrants(*plane, qtuning.thresholds_at(*plane, alpha, alpha))
 
 
-def in_kept_corners(quadrant):
-    return (quadrant == Quadrant.VALUABLE_MISCONCEPTION) | (quadrant == Quadrant.CALIBRATION_DATA)
+def in_kept_corners(quadrant, kept=KEEP_QUADRANTS):
+    return torch.stack([quadrant == q for q in kept]).any(0)
 
 
-def num_kept(plane, alpha):
-    return int(in_kept_corners(quadrants_at(plane, alpha)).sum())
+def num_kept(plane, alpha, kept=KEEP_QUADRANTS):
+    return int(in_kept_corners(quadrants_at(plane, alpha), kept).sum())
 
 
-def num_found(plane, thresholds):
-    return int(in_kept_corners(qtuning.assign_quadrants(*plane, thresholds)).sum())
+def num_found(plane, thresholds, kept=KEEP_QUADRANTS):
+    return int(in_kept_corners(qtuning.assign_quadrants(*plane, thresholds), kept).sum())
 
 
 # ---- quantile -------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def test_low_thresholds_never_exceed_high_ones(plane, alpha, beta):
 
 @given(planes(), alphas, alphas)
 def test_corners_only_grow_as_alpha_grows(plane, one, two):
-    """What the search rests on: a sample in a corner at one alpha stays there at every larger one."""
+    """What the search rests on, whichever corners it keeps: a sample in a corner stays there at every larger alpha."""
     before, after = quadrants_at(plane, min(one, two)), quadrants_at(plane, max(one, two))
     assert bool(((before == Quadrant.BETWEEN) | (before == after)).all())
     assert num_kept(plane, min(one, two)) <= num_kept(plane, max(one, two))
@@ -107,8 +108,13 @@ def test_corners_only_grow_as_alpha_grows(plane, one, two):
 
 @given(planes())
 def test_alpha_zero_keeps_nothing(plane):
-    """So the lower end of the search interval never keeps too many, and the answer always exists."""
-    assert num_kept(plane, 0.0) == 0
+    """So the lower end of the search interval never keeps too many, and the answer always exists.
+
+    Q3 alone, which the method drops, holds then what is lowest on both axes.
+    """
+    assert num_kept(plane, 0.0, [Quadrant.HARMFUL_NOISE, *KEEP_QUADRANTS]) == 0
+    lowest = (plane[0] == plane[0].min()) & (plane[1] == plane[1].min())
+    assert torch.equal(quadrants_at(plane, 0.0) == Quadrant.REDUNDANT_KNOWLEDGE, lowest)
 
 
 @given(planes(), alphas, alphas)
@@ -127,12 +133,16 @@ def test_thresholds_and_quadrants_are_the_twins(plane, alpha, beta):
 targets = st.integers(0, 12)
 iterations = st.integers(1, 20)
 uppers = st.sampled_from([0.49, 0.5, 0.3, 0.01])
+kept_quadrants = st.one_of(st.just(KEEP_QUADRANTS), quadrants.filter(bool))  # the method's, or an ablation's
 
 
-@given(planes(), targets, uppers, iterations)
-def test_the_search_keeps_at_most_the_target(plane, num_keep, upper, max_iters):
-    found = qtuning.bisect_thresholds(*plane, num_keep, upper=upper, max_iters=max_iters)
-    assert num_found(plane, found) <= num_keep
+@given(planes(), targets, uppers, iterations, kept_quadrants)
+@example(diagonal, 1, 0.49, 20, (Quadrant.HARMFUL_NOISE, Quadrant.REDUNDANT_KNOWLEDGE))
+def test_the_search_keeps_at_most_the_target(plane, num_keep, upper, max_iters, kept):
+    """Or, where Q3 is kept and more than that tie at the lowest point of the plane, these ties and no other."""
+    found = qtuning.bisect_thresholds(*plane, num_keep, upper=upper, max_iters=max_iters, keep_quadrants=kept)
+    lowest = num_kept(plane, 0.0, kept)  # 0 but for Q3
+    assert num_found(plane, found, kept) <= max(num_keep, lowest)
 
 
 @given(planes(), targets, uppers, iterations)
@@ -158,11 +168,13 @@ def test_every_iteration_halves_the_bracket(plane, num_keep, upper, max_iters):
     assert num_found(plane, before) <= num_found(plane, after)
 
 
-@given(planes(), targets, uppers, iterations)
-def test_the_bracket_ends_where_too_many_are_kept(plane, num_keep, upper, max_iters):
-    found = qtuning.bisect_thresholds(*plane, num_keep, upper=upper, max_iters=max_iters)
+@given(planes(), targets, uppers, iterations, kept_quadrants)
+@example(anti_diagonal, 1, 0.49, 20, (Quadrant.HARMFUL_NOISE,))
+def test_the_bracket_ends_where_too_many_are_kept(plane, num_keep, upper, max_iters, kept):
+    """The level found is the largest on the grid of the halvings that keeps few enough."""
+    found = qtuning.bisect_thresholds(*plane, num_keep, upper=upper, max_iters=max_iters, keep_quadrants=kept)
     beyond = float(found.alpha) + 1.001 * upper / 2**max_iters
-    assert beyond >= upper or num_kept(plane, beyond) > num_keep
+    assert beyond >= upper or num_kept(plane, beyond, kept) > num_keep
 
 
 @given(planes(), targets, targets)
@@ -197,11 +209,11 @@ def test_by_default_the_interval_ends_at_049_and_is_halved_20_times(plane, num_k
     assert default == qtuning.bisect_thresholds(*plane, num_keep, upper=0.49, max_iters=20)
 
 
-@given(planes(max_size=40), st.integers(0, 40), iterations)
-def test_the_search_is_the_twins(plane, num_keep, max_iters):
+@given(planes(max_size=40), st.integers(0, 40), iterations, kept_quadrants)
+def test_the_search_is_the_twins(plane, num_keep, max_iters, kept):
     ppl, ent = plane[0].tolist(), plane[1].tolist()
-    expected = twin.bisect_thresholds(ppl, ent, num_keep, max_iters=max_iters)
-    actual = qtuning.bisect_thresholds(*plane, num_keep, max_iters=max_iters)
+    expected = twin.bisect_thresholds(ppl, ent, num_keep, max_iters=max_iters, keep_quadrants=kept)
+    actual = qtuning.bisect_thresholds(*plane, num_keep, max_iters=max_iters, keep_quadrants=kept)
     assert float(actual.alpha) == expected.alpha
     assert qtuning.assign_quadrants(*plane, actual).tolist() == twin.assign_quadrants(ppl, ent, expected)
 

@@ -14,6 +14,7 @@ import twin
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from strategies import (
+    ablations,
     batches_and_ratios,
     keep_ratios,
     masks,
@@ -68,14 +69,15 @@ def assert_same_pruning(actual, expected):
 # ---- stage 1: which samples ------------------------------------------------------------------------------
 
 
-@given(planes(max_size=64), keep_ratios())
-@example((torch.ones(3), torch.ones(3)), Fraction(1, 3))
-def test_the_sample_budget_is_met_exactly_or_the_batch_refused(plane, ratio):
-    """C6 and C14, for any batch, ties and constants included."""
+@given(planes(max_size=64), keep_ratios(), ablations)
+@example((torch.ones(3), torch.ones(3)), Fraction(1, 3), {})
+@example((torch.ones(3), torch.ones(3)), Fraction(1, 3), {"keep_quadrants": (Quadrant.REDUNDANT_KNOWLEDGE,)})
+def test_the_sample_budget_is_met_exactly_or_the_batch_refused(plane, ratio, ablation):
+    """C6 and C14, for any batch, ties and constants included, whichever quadrants are kept."""
     size = len(plane[0])
     num_keep = budget(ratio, size)
     if num_keep >= 1:
-        assert int(qtuning.prune_samples(*plane, float(ratio)).keep.sum()) == num_keep
+        assert int(qtuning.prune_samples(*plane, float(ratio), **ablation).keep.sum()) == num_keep
     else:
         smallest = str(math.ceil(1 / ratio)) if ratio > 0 else "sample_keep_ratio"
         with pytest.raises(ValueError, match=rf"\b{smallest}\b"):
@@ -109,23 +111,46 @@ def test_kept_misconceptions_lose_tokens_and_kept_calibration_data_does_not(draw
     assert torch.equal(pruning.prune_tokens, as_q2)
 
 
-@given(planes_and_ratios(max_size=40))
-def test_backfill_takes_the_largest_supp_scores_and_ties_by_position(drawn):
+@given(planes_and_ratios())
+def test_without_a_word_on_quadrants_q2_and_q4_are_kept_and_q2_is_trimmed(drawn):
     plane, ratio = drawn
-    pruning = qtuning.prune_samples(*plane, float(ratio))
+    q2, q4 = Quadrant.VALUABLE_MISCONCEPTION, Quadrant.CALIBRATION_DATA
+    explicit = qtuning.prune_samples(*plane, float(ratio), keep_quadrants=[q4, q2], trim_quadrants=[q2])
+    assert_same_samples(qtuning.prune_samples(*plane, float(ratio)), explicit)
+
+
+@given(planes_and_ratios(), ablations)
+def test_what_is_kept_or_trimmed_without_being_backfilled_lies_in_the_quadrants_asked_for(drawn, ablation):
+    plane, ratio = drawn
+    pruning = qtuning.prune_samples(*plane, float(ratio), **ablation)
+    keep_quadrants = ablation.get("keep_quadrants", qtuning.KEEP_QUADRANTS)
+    trim_quadrants = ablation.get("trim_quadrants", qtuning.TRIM_QUADRANTS)
+    assert not bool((pruning.prune_tokens & ~pruning.keep).any())
+    for x in (pruning.keep & ~pruning.backfilled).nonzero()[:, 0].tolist():
+        assert pruning.quadrant[x] in keep_quadrants
+        assert bool(pruning.prune_tokens[x]) == (pruning.quadrant[x] in trim_quadrants)
+    if not trim_quadrants:
+        assert not bool(pruning.prune_tokens.any())
+
+
+@given(planes_and_ratios(max_size=40), ablations)
+def test_backfill_takes_the_largest_supp_scores_and_ties_by_position(drawn, ablation):
+    plane, ratio = drawn
+    pruning = qtuning.prune_samples(*plane, float(ratio), **ablation)
     supp = qtuning.supp_score(*plane).tolist()
     taken = [x for x, backfilled in enumerate(pruning.backfilled.tolist()) if backfilled]
     left = [x for x, kept in enumerate(pruning.keep.tolist()) if not kept]
     assert all((supp[x], -x) > (supp[y], -y) for x in taken for y in left)
 
 
-@given(planes_and_ratios(max_size=40))
-def test_sample_pruning_is_the_twins(drawn):
+@given(planes_and_ratios(max_size=40), ablations)
+@example((tensor([[2.0] * 4, [2.0] * 4]).unbind(), Fraction(1, 2)), {"keep_quadrants": (3,), "trim_quadrants": (3,)})
+def test_sample_pruning_is_the_twins(drawn, ablation):
     plane, ratio = drawn
     ppl, ent = plane[0].tolist(), plane[1].tolist()
     assume(supp_scores_are_clear(ppl, ent))
-    expected = twin.prune_samples(ppl, ent, float(ratio))
-    actual = qtuning.prune_samples(*plane, float(ratio))
+    expected = twin.prune_samples(ppl, ent, float(ratio), **ablation)
+    actual = qtuning.prune_samples(*plane, float(ratio), **ablation)
     assert_same_samples(actual, expected)
     assert float(actual.thresholds.alpha) == float(actual.thresholds.beta) == expected.thresholds.alpha
 
@@ -261,13 +286,13 @@ def test_reverse_keeps_what_is_otherwise_removed(rows, ratio, smoothing):
 # ---- Algorithm 1 as a whole ------------------------------------------------------------------------------
 
 
-@given(batches_and_ratios(), smoothings, st.booleans())
-def test_algorithm_1_is_the_twins(drawn, smoothing, reverse):
+@given(batches_and_ratios(), smoothings, st.booleans(), ablations)
+def test_algorithm_1_is_the_twins(drawn, smoothing, reverse, ablation):
     batch, sample_ratio, token_ratio = drawn
     assume(batch_is_clear(*batch, smoothing))
     arguments = (float(sample_ratio), float(token_ratio), smoothing)
-    actual = qtuning.prune_batch(*batch, *arguments, reverse=reverse)
-    expected = twin.prune_batch(*(each.tolist() for each in batch), *arguments, reverse)
+    actual = qtuning.prune_batch(*batch, *arguments, reverse=reverse, **ablation)
+    expected = twin.prune_batch(*(each.tolist() for each in batch), *arguments, reverse, **ablation)
     assert_same_samples(actual.samples, expected.samples)
     assert actual.token_mask.tolist() == expected.token_mask
     torch.testing.assert_close(actual.ppl, tensor(expected.ppl), rtol=1e-5, atol=0)
@@ -572,6 +597,15 @@ def test_labels_outside_the_vocabulary_and_other_shapes_are_refused():
 def test_a_search_interval_beyond_one_half_is_refused(upper):
     with pytest.raises(ValueError, match=str(upper)):
         qtuning.bisect_thresholds(torch.ones(3), torch.ones(3), 1, upper=upper)
+
+
+@pytest.mark.parametrize("quadrants", [[Quadrant.BETWEEN], [2, 0], [5]])
+def test_quadrants_other_than_the_four_are_refused(quadrants):
+    for name in ("keep_quadrants", "trim_quadrants"):
+        with pytest.raises(ValueError, match=rf"(?s){name} .*\b{int(quadrants[-1])}\b"):
+            qtuning.prune_batch(*GOOD, 0.5, 0.5, **{name: quadrants})
+    with pytest.raises(ValueError, match="keep_quadrants must name one"):
+        qtuning.prune_batch(*GOOD, 0.5, 0.5, keep_quadrants=())
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1, NAN])

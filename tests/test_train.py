@@ -212,6 +212,28 @@ def test_the_run_makes_the_choices_of_prune_batch(checkpoint, rows, tmp_path):
     assert kept_ids(tmp_path / "run")[0] == kept
 
 
+def test_quadrants_are_kept_and_trimmed_as_asked(checkpoint, rows, tmp_path):
+    flags = ["--max-steps", "2", "--prune-batch", "16", "--log-selection"]
+    parts = ("kept_q2", "kept_q4", "backfilled_q2", "backfilled_q4")
+    are_trimmed = {"2": {True, False}, "": {False}, "2,4": {True}}
+    for name, keep, trim in (
+        ("default", "2,4", "2"),
+        ("harmful", "1,2,4", ""),
+        ("misconceptions", "2", "2,4"),
+        ("calibration", "4", ""),
+    ):
+        asked = [] if name == "default" else ["--keep-quadrants", keep, "--trim-quadrants", trim]
+        metrics = run(checkpoint, rows, tmp_path / name, *flags, *asked)
+        steps = [json.loads(line)["samples"] for line in (tmp_path / name / "selection.jsonl").read_text().splitlines()]
+        for counts, samples in zip(metrics, steps, strict=True):
+            own = [s["quadrant"] for s in samples if s["kept"] and not s["backfilled"]]
+            assert set(own) <= set(map(int, keep.split(",")))
+            assert (1 in own) == (name == "harmful")
+            assert [counts["kept_q2"], counts["kept_q4"]] == [own.count(2), own.count(4)]
+            assert counts["samples_kept"] == 8 == sum(counts[part] for part in parts) + own.count(1)
+            assert {s["trimmed"] for s in samples if s["kept"]} == are_trimmed[trim]
+
+
 def test_the_seed_alone_sets_the_order_of_rows(checkpoint, rows, tmp_path):
     seen = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
@@ -475,6 +497,9 @@ def refused(capsys, *argv):
         (["--sample-keep-ratio", 0.1], "keeps none of 8 samples; the smallest batch that would do is 10"),
         (["--token-keep-ratio", -0.1], "--token-keep-ratio must be in [0, 1], got -0.1"),
         (["--smoothing", 2], "--smoothing must be in [0, 1], got 2.0"),
+        (["--keep-quadrants", ""], "--keep-quadrants must be one or more of 1,2,3,4, none of them twice, got"),
+        (["--keep-quadrants", "2,5"], "--keep-quadrants must be one or more of 1,2,3,4, none of them twice, got 2,5"),
+        (["--trim-quadrants", "2,2"], "--trim-quadrants must be any of 1,2,3,4, none of them twice, got 2,2"),
         (["--prune-batch", 12], "--prune-batch must be a multiple of --micro-batch 8, at most the 32"),
         (["--prune-batch", 64], "at most the 32 samples of a step, got 64"),
         (["--epochs", 0.5], "0.5 epochs of 40 rows do not fill one step of 32 samples"),

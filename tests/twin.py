@@ -97,18 +97,19 @@ def assign_quadrants(ppl, ent, thresholds):
     return [quadrant_of(p, h, thresholds) for p, h in zip(ppl, ent, strict=True)]
 
 
-def num_kept_at(ppl, ent, alpha, beta):
-    """|Q2| + |Q4| at (alpha, beta)."""
+def num_kept_at(ppl, ent, alpha, beta, keep_quadrants):
+    """|Q2| + |Q4| at (alpha, beta), or of the other quadrants that an ablation keeps."""
     quadrants = assign_quadrants(ppl, ent, thresholds_at(ppl, ent, alpha, beta))
-    return quadrants.count(Q2) + quadrants.count(Q4)
+    return sum(quadrants.count(q) for q in keep_quadrants)
 
 
-def bisect_thresholds(ppl, ent, num_keep, upper=0.49, max_iters=20):
+def bisect_thresholds(ppl, ent, num_keep, upper=0.49, max_iters=20, keep_quadrants=(Q2, Q4)):
     alpha_low, alpha_high, beta_low, beta_high = 0.0, upper, 0.0, upper  # line 5, C1
     for _ in range(max_iters):  # line 6
         alpha = (alpha_low + alpha_high) / 2  # line 7
         beta = (beta_low + beta_high) / 2
-        if num_kept_at(ppl, ent, alpha, beta) > num_keep:  # lines 8 to 11, with Equation 6 on a hit (C2)
+        # lines 8 to 11, with Equation 6 on a hit (C2)
+        if num_kept_at(ppl, ent, alpha, beta, keep_quadrants) > num_keep:
             alpha_high, beta_high = alpha, beta  # line 14
         else:
             alpha_low, beta_low = alpha, beta  # line 12
@@ -140,16 +141,18 @@ class SamplePruning:
     thresholds: Thresholds
 
 
-def prune_samples(ppl, ent, sample_keep_ratio):
-    """Lines 5 to 21. Lists of one entry a sample."""
+def prune_samples(ppl, ent, sample_keep_ratio, keep_quadrants=(Q2, Q4), trim_quadrants=(Q2,)):
+    """Lines 5 to 21. Lists of one entry a sample. Other quadrants: the ablations of Tables 4 and 15."""
     num_keep = math.floor(fraction_meant(sample_keep_ratio) * len(ppl))  # Equation 1, C6
     if num_keep < 1:
         raise ValueError("nothing would be kept")  # C14
-    thresholds = bisect_thresholds(ppl, ent, num_keep)
+    thresholds = bisect_thresholds(ppl, ent, num_keep, keep_quadrants=keep_quadrants)
     quadrant = assign_quadrants(ppl, ent, thresholds)
 
-    keep = [q in (Q2, Q4) for q in quadrant]  # line 17
-    prune_tokens = [q == Q2 for q in quadrant]
+    keep = []  # line 17
+    for q in quadrant:  # Q3 alone can hold more than asked for at alpha = 0, all of them ties: the first ones
+        keep.append(q in keep_quadrants and sum(keep) < num_keep)
+    prune_tokens = [kept and q in trim_quadrants for kept, q in zip(keep, quadrant, strict=True)]
     backfilled = [False for _ in quadrant]
     supp, norm_ppl, norm_ent = supp_score(ppl, ent), min_max_normalised(ppl), min_max_normalised(ent)
     while sum(keep) < num_keep:  # line 18
@@ -158,7 +161,8 @@ def prune_samples(ppl, ent, sample_keep_ratio):
             if not keep[x] and (best is None or supp[x] > supp[best]):  # ties: the first one
                 best = x
         keep[best] = backfilled[best] = True  # line 20
-        prune_tokens[best] = norm_ppl[best] >= norm_ent[best]  # the arm of the max that won (C9)
+        nearer = Q2 if norm_ppl[best] >= norm_ent[best] else Q4  # the arm of the max that won (C9)
+        prune_tokens[best] = nearer in trim_quadrants
     return SamplePruning(keep, quadrant, backfilled, prune_tokens, thresholds)
 
 
@@ -202,17 +206,25 @@ class PrunedBatch:
 
 
 def prune_batch(
-    nll, token_entropy, loss_mask, sample_keep_ratio, token_keep_ratio, smoothing=0.5, reverse=False
+    nll,
+    token_entropy,
+    loss_mask,
+    sample_keep_ratio,
+    token_keep_ratio,
+    smoothing=0.5,
+    reverse=False,
+    keep_quadrants=(Q2, Q4),
+    trim_quadrants=(Q2,),
 ):
     """Algorithm 1. Lists of B lists of T entries."""
     ppl = [sample_perplexity(row, mask) for row, mask in zip(nll, loss_mask, strict=True)]  # line 4
     ent = [sample_entropy(row, mask) for row, mask in zip(token_entropy, loss_mask, strict=True)]
-    samples = prune_samples(ppl, ent, sample_keep_ratio)  # lines 5 to 21
+    samples = prune_samples(ppl, ent, sample_keep_ratio, keep_quadrants, trim_quadrants)  # lines 5 to 21
     token_mask = []  # line 23
     for x, mask in enumerate(loss_mask):  # line 24
         if not samples.keep[x]:
             token_mask.append([False for _ in mask])
-        elif samples.prune_tokens[x]:  # line 27: Q2, or backfilled as Q2
+        elif samples.prune_tokens[x]:  # line 27: Q2, or backfilled as Q2 (by default)
             token_ppl = [math.exp(nll[x][i]) if mask[i] else None for i in range(len(mask))]
             token_mask.append(prune_tokens(token_ppl, mask, token_keep_ratio, smoothing, reverse))
         else:  # line 25: Q4, or backfilled as Q4
