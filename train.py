@@ -49,7 +49,7 @@ import baselines
 from baselines import every_sample, random_samples, random_tokens
 from data.sft import Sample, load_samples, share, stream_order
 from data.tokenizer import TextTokenizer
-from eval.common import code_version
+from eval.common import code_version, over_ranks
 from model import Transformer, add_lora, save_adapter, write_aside, write_json
 from passes import TokenLoss, attention_score, pack, packs, score
 from qtuning import (
@@ -130,7 +130,9 @@ class Config:
     dtype: str = flag("auto", "computing dtype; auto: bf16 on cuda, fp32 on cpu", ("auto", "bf16", "fp32"))
     save_every: int = flag(500, "steps between checkpoints")
     eval_every: int | None = flag(None, "steps between scores of --eval-sets, which metrics.jsonl gets as eval_TASK")
-    eval_sets: str | None = flag(None, "TASK=FILE,... of the scorers in eval/, by the paper's protocol, 0-shot")
+    eval_sets: str | None = flag(
+        None, "TASK=FILE,... of the scorers in eval/, by the paper's protocol, 0-shot; rows=FILE: loss on held rows"
+    )
     eval_limit: int | None = flag(None, "rows of each set to score, from the first; none: all")
     log_selection: bool = flag(False, "write selection.jsonl: each step's scores, quadrants and kept tokens")
     skip_bad_rows: bool = flag(False, "count unusable rows and go on; otherwise the first one ends the run")
@@ -463,8 +465,10 @@ def selection_counts(chosen: list[SamplePruning]) -> dict[str, int]:
 SCORERS = ("arc", "gsm8k", "math", "squad", "triviaqa")
 
 
-def read_eval_sets(cfg: Config) -> dict[str, tuple]:
+def read_eval_sets(cfg: Config, tokenizer: TextTokenizer) -> dict[str, tuple]:
     """Task -> (its scorer's `evaluate`, items), of --eval-sets; none without --eval-every.
+
+    `rows` has no scorer and goes to `rows_scores`: rows in any form of --data, under the run's template and length.
 
     Raises:
         ValueError: no set, no such task, or a row that its scorer refuses. FileNotFoundError: no such file.
@@ -475,17 +479,50 @@ def read_eval_sets(cfg: Config) -> dict[str, tuple]:
             raise ValueError("--eval-every needs --eval-sets TASK=FILE,...")
         for part in cfg.eval_sets.split(","):
             task, _, path = part.partition("=")
-            if task not in SCORERS or not path:
-                raise ValueError(f"--eval-sets: expected TASK=FILE with TASK one of {', '.join(SCORERS)}, got {part!r}")
-            scorer = importlib.import_module(f"eval.{task}")
-            sets[task] = scorer.evaluate, scorer.read_items(path)[: cfg.eval_limit]
+            tasks = (*SCORERS, "rows")
+            if task not in tasks or not path:
+                raise ValueError(f"--eval-sets: expected TASK=FILE with TASK one of {', '.join(tasks)}, got {part!r}")
+            if task == "rows":
+                evaluate, items = None, load_samples(path, tokenizer, cfg.template, cfg.max_length)[0]
+            else:
+                scorer = importlib.import_module(f"eval.{task}")
+                evaluate, items = scorer.evaluate, scorer.read_items(path)
+            sets[task] = evaluate, items[: cfg.eval_limit]
     return sets
 
 
-def eval_scores(model: Transformer, tokenizer: TextTokenizer, sets: dict[str, tuple]) -> dict[str, float]:
-    """eval_TASK -> percent, of every set; all ranks share the work."""
-    model.eval()
-    scores = {f"eval_{task}": evaluate(model, tokenizer, items)["score"] for task, (evaluate, items) in sets.items()}
+def rows_scores(model: Transformer, samples: Sequence[Sample], pass_tokens: int, autocast) -> dict[str, float]:
+    """What the model makes of held rows, without gradients; all ranks share the work, and each gets the result.
+
+    Returns:
+        rows_nll: summed NLL over the number of answer tokens of all rows, nats; rows_ppl, rows_ent: the means over
+        rows of Eq. 4 and of Eq. 5.
+    Source: Figure 8.
+    """
+
+    def work(group: list[int]) -> list[list[float]]:
+        nll, entropy, loss_mask = score(model, [samples[i] for i in group], pass_tokens, autocast)
+        ppl, ent = sample_perplexity(nll, loss_mask), sample_entropy(entropy, loss_mask)
+        return torch.stack([nll.double().sum(dim=-1), loss_mask.sum(dim=-1), ppl, ent], dim=1).tolist()
+
+    lengths = [len(sample.input_ids) - 1 for sample in samples]
+    of_rows = over_ranks(packs(lengths, pass_tokens), lengths, work, "scoring rows")
+    nll, tokens, ppl, ent = (math.fsum(column) for column in zip(*of_rows, strict=True))
+    return {"rows_nll": nll / tokens, "rows_ppl": ppl / len(samples), "rows_ent": ent / len(samples)}
+
+
+def eval_scores(
+    model: Transformer, tokenizer: TextTokenizer, sets: dict[str, tuple], pass_tokens: int, autocast
+) -> dict[str, float]:
+    """eval_TASK -> percent, of every set, and eval_rows_... of `rows_scores`; all ranks share the work."""
+    scores = {}
+    for task, (evaluate, items) in sets.items():
+        model.eval()  # for each: scoring rows ends in train()
+        if task == "rows":
+            found = rows_scores(model, items, pass_tokens, autocast)
+        else:
+            found = {task: evaluate(model, tokenizer, items)["score"]}
+        scores |= {f"eval_{name}": value for name, value in found.items()}
     model.train()
     return scores
 
@@ -602,7 +639,7 @@ def train(cfg: Config) -> None:
     elif cfg.sample_pruner == "infobatch":
         per_step = budget
     side = token_side_scores(cfg, samples, per_epoch)
-    eval_sets = read_eval_sets(cfg)
+    eval_sets = read_eval_sets(cfg, tokenizer)
     pool = Pool(per_epoch, [1.0] * len(per_epoch))
 
     # Model and optimizer. Full fine-tuning keeps fp32 weights under autocast; LoRA puts fp32 adapters on a bf16 base.
@@ -734,7 +771,7 @@ def train(cfg: Config) -> None:
 
         evaluated = {}
         if eval_sets and (step % cfg.eval_every == 0 or step == last_step):
-            evaluated = eval_scores(model, tokenizer, eval_sets)
+            evaluated = eval_scores(model, tokenizer, eval_sets, cfg.pass_tokens, autocast)
         if cfg.log_selection and rank == 0:
             records = describe_selection(order, samples, chosen, ppl, ent, weights, kept_tokens)
             append_json(out / "selection.jsonl", {"step": step, "samples": records})
@@ -760,7 +797,7 @@ def train(cfg: Config) -> None:
             }
             append_json(out / "metrics.jsonl", metrics)
             line = {"loss": f"{loss_mean:.3f}", "kept": f"{metrics['samples_kept']}/{per_step}", "tokens": num_kept}
-            line |= {name: f"{score:.1f}" for name, score in evaluated.items()}
+            line |= {name: f"{value:.4g}" for name, value in evaluated.items()}
             bar.set_postfix(line)
             if not on_terminal:
                 print(f"step {step}/{last_step}", *(f"{name} {value}" for name, value in line.items()), flush=True)

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -152,19 +153,57 @@ def test_activation_checkpointing_changes_nothing(checkpoint, rows, tmp_path):
     assert_same_weights(tmp_path / "plain", tmp_path / "again", rtol=0, atol=0)
 
 
-def test_sets_are_scored_while_training_as_their_scorer_scores_the_model_of_that_step(checkpoint, rows, tmp_path):
+def scored_from_scratch(model, samples):
+    """rows_nll, rows_ppl and rows_ent, row by row from full logits."""
+    nlls, ppls, ents = [], [], []
+    for sample in samples:
+        ids, labels = torch.tensor([sample.input_ids]), torch.tensor([sample.labels[1:]])
+        with torch.no_grad():
+            nll, entropy = qtuning.token_nll_and_entropy(model(ids[:, :-1]), labels)
+        nlls += nll[labels != -100].tolist()
+        ppls.append(math.exp(nll[labels != -100].mean().item()))
+        ents.append(entropy[labels != -100].mean().item())
+    return {"rows_nll": sum(nlls) / len(nlls), "rows_ppl": sum(ppls) / len(ppls), "rows_ent": sum(ents) / len(ents)}
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    """Rows of another form and of unlike lengths, to be scored while training."""
+    path = tmp_path_factory.mktemp("held") / "held.json"
+    texts = [{"prompt": f"And {i}?", "response": f"Red on hill {i % 4}. " * (1 + i % 5)} for i in range(12)]
+    path.write_text(json.dumps(texts))
+    return path
+
+
+def test_sets_are_scored_while_training_as_their_scorer_scores_the_model_of_that_step(checkpoint, rows, held, tmp_path):
     """On two ranks as on one; and training goes on as if they were not."""
-    sets = ["--eval-every", "2", "--eval-sets", f"arc={ROOT / 'data' / 'tiny' / 'arc_test.jsonl'}", "--eval-limit", "9"]
+    tiny = ROOT / "data" / "tiny" / "arc_test.jsonl"
+    form = ["--template", "alpaca", "--max-length", "110", "--pass-tokens", "200"]
+    sets = ["--eval-every", "2", "--eval-sets", f"rows={held},arc={tiny}", "--eval-limit", "9", *form]
     scored = run(checkpoint, rows, tmp_path / "scored", *sets, "--max-steps", "3")
     assert [list(metrics).count("eval_arc") for metrics in scored] == [0, 1, 1]
+    tokenizer = TextTokenizer.from_pretrained(checkpoint)
     model = Transformer.from_pretrained(tmp_path / "scored" / "model").eval()
-    items = arc.read_items(ROOT / "data" / "tiny" / "arc_test.jsonl")[:9]
-    expected = arc.evaluate(model, TextTokenizer.from_pretrained(checkpoint), items)["score"]
+    expected = arc.evaluate(model, tokenizer, arc.read_items(tiny)[:9])["score"]
     assert scored[-1]["eval_arc"] == pytest.approx(expected)
-    run(checkpoint, rows, tmp_path / "plain", "--max-steps", "3")
+    run(checkpoint, rows, tmp_path / "plain", *form, "--max-steps", "3")
     assert_same_weights(tmp_path / "scored", tmp_path / "plain", rtol=0, atol=0)
     ranks = run(checkpoint, rows, tmp_path / "ranks", *sets, "--grad-accum", "2", "--max-steps", "3", ranks=2)
     assert [metrics.get("eval_arc") for metrics in ranks] == [metrics.get("eval_arc") for metrics in scored]
+    samples = load_samples(held, tokenizer, "alpaca", 110)[0]
+    for name, metrics in (("scored", scored), ("ranks", ranks)):
+        model = Transformer.from_pretrained(tmp_path / name / "model")
+        for key, value in scored_from_scratch(model, samples[:9]).items():
+            assert [f"eval_{key}" in step for step in metrics] == [False, True, True]
+            assert metrics[-1][f"eval_{key}"] == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 200, 100_000])
+def test_the_scores_of_held_rows_are_those_of_full_logits(checkpoint, held, pass_tokens):
+    model = Transformer.from_pretrained(checkpoint)
+    samples = load_samples(held, TextTokenizer.from_pretrained(checkpoint))[0]
+    found = train.rows_scores(model, samples, pass_tokens, nullcontext())
+    assert found == pytest.approx(scored_from_scratch(model, samples), rel=1e-5)
 
 
 def test_reused_scores_are_made_on_every_second_visit_and_on_two_ranks_as_on_one(checkpoint, rows, tmp_path):
@@ -491,6 +530,7 @@ def refused(capsys, *argv):
     [
         (["--eval-every", "5"], "--eval-every needs --eval-sets TASK=FILE,..."),
         (["--eval-every", "5", "--eval-sets", "mmlu=x"], "--eval-sets: expected TASK=FILE with TASK one of arc, gsm8k"),
+        (["--eval-every", "5", "--eval-sets", "rows=none.json"], "none.json"),
         (["--eval-every", "0"], "--eval-every must be at least 1, got 0"),
         (["--sample-keep-ratio", 1.5], "--sample-keep-ratio must be in [0, 1], got 1.5"),
         (["--sample-keep-ratio", "nan"], "--sample-keep-ratio must be in [0, 1], got nan"),
