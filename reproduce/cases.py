@@ -1,0 +1,664 @@
+"""What a run selected, shown: samples on the Error-Uncertainty plane, which tokens are pruned, and rows to read.
+
+    python -m reproduce.cases RUN [--step N] [--out DIR]
+
+RUN is the folder of a Q-Tuning run with --log-selection; its lines may still be growing. Written into DIR (RUN/cases):
+
+    plane.json, plane.svg       the paper's Figures 1 and 2: scores, thresholds and decisions of some steps; all samples
+    tokens.json, tokens.svg     Figure 7: the kinds of token among the pruned and among the kept
+    quadrants.md                Appendix E.1: rows of each quadrant
+    pruned.md, pruned.html      Appendix E.2: answers with their pruned tokens marked
+
+The Markdown and HTML quote the rows: of a data set of other people's, they are not yours to publish. The paper had
+GPT-5 name the role of each token of 300 instances; here a token's category follows from fixed rules (`categories`),
+which see its spelling and its place in the answer and nothing of what it means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import html
+import json
+import math
+import re
+import sys
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from data.sft import IGNORE_INDEX, Sample, load_samples, read_rows, to_messages
+from data.tokenizer import TextTokenizer
+from model import read_json, write_aside
+from qtuning import Quadrant
+from reproduce.quickstart import in_boilerplate
+from reproduce.selection import rank_correlation
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's settings, and the finished lines of its selection.jsonl: {"step", "samples"}."""
+
+    config: train.Config
+    steps: list[dict]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Raises: FileNotFoundError; ValueError where samples were not chosen by Q-Tuning, or no step is logged yet."""
+    folder = Path(folder)
+    told, log = read_json(folder / "config.json"), folder / "selection.jsonl"
+    config = train.Config(**{field.name: told[field.name] for field in dataclasses.fields(train.Config)})
+    if config.sample_pruner != "qtuning":
+        raise ValueError(f"{folder}: expected a run of --sample-pruner qtuning, got {config.sample_pruner}")
+    if not log.is_file():
+        raise FileNotFoundError(f"{log}: no such file; train.py --log-selection writes it")
+    finished = log.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line of a growing log may be cut
+    steps = [json.loads(line) for line in finished.splitlines()]
+    if not steps:
+        raise ValueError(f"{log}: expected at least one step, got none")
+    return Run(config, steps)
+
+
+def rows_by_id(path: str | Path, samples: dict[str, Sample]) -> dict[str, dict]:
+    """The row of the file that each sample was made of, by the sample's id (see load_samples)."""
+    rows = {}
+    for number, (_, row) in enumerate(read_rows(path)):
+        try:
+            to_messages(row)
+        except ValueError:
+            continue  # one of --skip-bad-rows
+        name = str(number if row.get("id") is None else row["id"])
+        while name in rows:
+            name += f"#{number}"
+        if name in samples:
+            rows[name] = row
+    return rows
+
+
+def trimmed(run: Run, backfilled: bool) -> list[dict]:
+    """The kept samples that lost tokens, in the run's order, with their step: those in Q2, or those filled in as Q2."""
+    return [
+        {"step": step["step"], **sample}
+        for step in run.steps
+        for sample in step["samples"]
+        if sample["kept"] and sample["trimmed"] and sample["backfilled"] == backfilled
+    ]
+
+
+# ---------------------------------------------------------------------------- Figures 1 and 2: the plane
+
+BINS = 40  # of the density, along each axis
+
+
+def default_steps(run: Run) -> list[int]:
+    """The first step of each third of the run, and the last."""
+    n = len(run.steps)
+    return sorted({run.steps[i]["step"] for i in (0, n // 3, 2 * n // 3, n - 1)})
+
+
+def plane(run: Run, steps: Sequence[int]) -> dict:
+    """Where the samples of these steps lie, where each prune batch was cut, and what was kept; and the whole run.
+
+    The thresholds are not logged: every decision is made again from the logged scores, and must be the logged one.
+
+    Returns: JSON-able {"prune_batch", "sample_keep_ratio", "steps": [{"step", "batches": [{"thresholds": {alpha, beta,
+        ppl_low, ...}, "id", "ppl", "ent", "quadrant", "kept", "backfilled": a list each}]}], "all": {"samples",
+        "rank_correlation", "log_ppl": [lowest, highest], "ent": [lowest, highest], "seen", "kept": [BINS][BINS] counts,
+        rows along log PPL, columns along Ent}}.
+    Raises: ValueError: a step that is not logged; a decision that differs from the logged one.
+    """
+    by_step = {step["step"]: step["samples"] for step in run.steps}
+    shown = []
+    for number in steps:
+        if number not in by_step:
+            raise ValueError(f"step {number} is not logged: the run has {min(by_step)} to {max(by_step)}")
+        samples, batches = by_step[number], []
+        ppl, ent = (torch.tensor([sample[axis] for sample in samples]) for axis in ("ppl", "ent"))
+        start = 0
+        for chosen in train.choose_samples(run.config, number, len(samples), ppl, ent):
+            part = samples[start : start + len(chosen.keep)]
+            start += len(part)
+            again = {"quadrant": chosen.quadrant, "kept": chosen.keep, "backfilled": chosen.backfilled}
+            for key, values in again.items():
+                if values.tolist() != [sample[key] for sample in part]:
+                    raise ValueError(f"step {number}, place {part[0]['place']} on: {key} is not what was logged")
+            cuts = {key: round(value, 4) for key, value in dataclasses.asdict(chosen.thresholds).items()}
+            scores = {axis: [round(sample[axis], 4) for sample in part] for axis in ("ppl", "ent")}
+            decisions = {key: [int(sample[key]) for sample in part] for key in again}
+            batches.append({"thresholds": cuts, "id": [sample["id"] for sample in part], **scores, **decisions})
+        shown.append({"step": number, "batches": batches})
+
+    every = [sample for step in run.steps for sample in step["samples"]]
+    log_ppl, ent = (np.array([sample[axis] for sample in every]) for axis in ("ppl", "ent"))
+    log_ppl, kept = np.log(log_ppl), np.array([sample["kept"] for sample in every])
+    spans = {name: [float(values.min()), float(values.max())] for name, values in (("log_ppl", log_ppl), ("ent", ent))}
+    counts = {
+        name: np.histogram2d(log_ppl[which], ent[which], BINS, list(spans.values()))[0].astype(int).tolist()
+        for name, which in (("seen", np.full(len(every), True)), ("kept", kept))
+    }
+    correlation = rank_correlation(torch.from_numpy(log_ppl), torch.from_numpy(ent))
+    spans = {name: [round(value, 4) for value in span] for name, span in spans.items()}
+    return {
+        "prune_batch": run.config.prune_batch,
+        "sample_keep_ratio": run.config.sample_keep_ratio,
+        "steps": shown,
+        "all": {"samples": len(every), "rank_correlation": round(correlation, 4), **spans, **counts},
+    }
+
+
+# ----------------------------------------------------------------------------------- pieces of an answer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The smallest run of an answer's tokens that is text: one token, or those that share a character."""
+
+    text: str
+    num_tokens: int
+    special: bool = False  # EOS and its like
+
+
+def answer_ids(sample: Sample) -> list[int]:
+    """The answer's tokens, one for each digit of selection.jsonl's `tokens`."""
+    return [label for label in sample.labels[1:] if label != IGNORE_INDEX]
+
+
+def pieces(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[Piece]:
+    """`ids` cut wherever the text of what stands in front is a beginning of the whole text.
+
+    The pieces' texts, joined, are the decoded ids, special tokens spelled out; their num_tokens add up to len(ids).
+    """
+    special = {i for i, token in tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    def decode(part: Sequence[int]) -> str:
+        return tokenizer.tokenizer.decode(list(part), skip_special_tokens=False)
+
+    whole, found, first, at = decode(ids), [], 0, 0
+    for stop in range(1, len(ids) + 1):
+        front = decode(ids[:stop])
+        if whole.startswith(front) and len(front) >= at:  # not so in the middle of a character
+            is_special = stop - first == 1 and ids[first] in special
+            found.append(Piece(front[at:], stop - first, is_special))
+            first, at = stop, len(front)
+    return found
+
+
+# -------------------------------------------------------------------- Figure 7: what kind of token is pruned
+
+CATEGORIES = (
+    "answer span",
+    "answer mark",
+    "numbers and symbols",
+    "other words",
+    "formatting",
+    "boilerplate",
+    "end of text",
+    "chat template",
+)
+SHORT_ANSWER = 3  # words: an answer of no more is all answer span
+
+# (mark)(answer): the answer ends with its sentence, or where it is the last line with the line.
+MARKED_ANSWERS = (
+    re.compile(r"(\bthe (?:final )?answer is:?[ ])([^\s][^\n]*?)(?=[.!]?\s*\Z|[.!]?\n|[.!]\s)", re.IGNORECASE),
+    re.compile(r"(^####[ ]*)(\S[^\n]*?)(?=\s*\Z)", re.MULTILINE),
+)
+# What Alpaca's answers open and close with, and the words that open a step in GSM8K's; what rows call boilerplate
+# themselves (data/tiny) comes on top.
+BOILERPLATE = re.compile(
+    r"""^(?:sure|certainly|of\ course|absolutely)[,!.]
+    | ^here\ (?:is|are)\b[^.:\n]*:
+    | ^once\ upon\ a\ time\b
+    | ^dear\b[^\n]*
+    | \bi\ hope\ (?:this|that|you)\b[^.!\n]*[.!]
+    | \bthank\ you\ (?:for|so|very)\b[^.!\n]*[.!]
+    | \b(?:please\ )?(?:feel\ free\ to|let\ me\ know)\b[^.!\n]*[.!]
+    | ^(?:sincerely|(?:best|kind|warm)\ regards|yours\ \w+),?[ ]*$
+    | \[(?:your\ )?name\]
+    | (?:^|(?<=[.!?]\ ))(?:first(?:ly)?|second(?:ly)?|third|next|then|finally|lastly|additionally|furthermore|moreover
+        |therefore|thus|so|hence|overall|in\ conclusion|in\ summary),""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+LIST_MARK = re.compile(r"^[ \t]*(?:\d+[.)]|[-*•–]|#+)(?=[ \t])", re.MULTILINE)
+EXPRESSION = re.compile(r"[0-9$€£%+=×÷^<>*/().,:\- ]+")  # one that holds a digit or one of $€£%+=×÷^<>
+
+
+def categories(parts: Sequence[Piece], boilerplate: Sequence[str] = ()) -> list[str]:
+    """The category of each piece: the first of these that holds where its last visible character stands.
+
+    1. end of text: a special token.
+    2. chat template: whitespace in front of the answer's text, or behind a special token.
+    3. answer span: what follows "The answer is" to the end of its sentence, or "####" in the last line; or a whole
+       answer of at most SHORT_ANSWER words, boilerplate not counted. Not its full stop.
+    4. answer mark: "The answer is" or "####" in front of it, with the space between.
+    5. boilerplate: `boilerplate`, sentences that stand in the answer, or BOILERPLATE.
+    6. formatting: the number or sign in front of an item of a list or a heading.
+    7. numbers and symbols: a digit, a sign of arithmetic or currency, or what stands between them in an expression,
+       with the space in front of it. A `-`, `*`, `/`, bracket or comma elsewhere is punctuation.
+    8. other words: anything with a letter.
+    9. formatting: the rest, which is whitespace and punctuation.
+    """
+    names, at = [], 0
+    while at < len(parts):
+        if parts[at].special:
+            names.append("end of text")
+            at += 1
+            continue
+        stop = next((i for i in range(at, len(parts)) if parts[i].special), len(parts))
+        names += _categories_of_text([part.text for part in parts[at:stop]], boilerplate)
+        at = stop
+    return names
+
+
+def _categories_of_text(texts: list[str], boilerplate: Sequence[str]) -> list[str]:
+    """Rules 2 to 9 for the pieces between two special tokens."""
+    whole = "".join(texts)
+    lead = len(whole) - len(whole.lstrip())
+    given = in_boilerplate(list(whole), [sentence for sentence in boilerplate if sentence in whole])
+    set_phrases = [match.span() for match in BOILERPLATE.finditer(whole)]
+    is_boilerplate = [g or any(a <= i < b for a, b in set_phrases) for i, g in enumerate(given)]
+    answers, marks = [], []
+    for pattern in MARKED_ANSWERS:
+        for match in pattern.finditer(whole):
+            marks.append(match.span(1))
+            answers.append(match.span(2))
+    rest = "".join(char for char, flag in zip(whole, is_boilerplate, strict=True) if not flag).strip()
+    if not answers and rest and len(rest.split()) <= SHORT_ANSWER and "\n" not in rest and rest in whole:
+        start = whole.index(rest)
+        answers.append((start, start + len(rest.rstrip(".!"))))
+    spans = {
+        "chat template": [(0, lead)],
+        "answer span": answers,
+        "answer mark": marks,
+        "boilerplate": [(i, i + 1) for i, flag in enumerate(is_boilerplate) if flag],
+        "formatting": [match.span() for match in LIST_MARK.finditer(whole)],
+        "numbers and symbols": [_trimmed_expression(match) for match in EXPRESSION.finditer(whole)],
+    }
+    name_at = ["other words" if char.isalpha() else "formatting" for char in whole]
+    for i, char in enumerate(whole):
+        if char.isnumeric() or unicodedata.category(char) in ("Sm", "Sc"):
+            name_at[i] = "numbers and symbols"
+    for name, found in reversed(spans.items()):
+        for start, end in found:
+            name_at[start:end] = [name] * (end - start)
+
+    names, at = [], 0
+    for text in texts:
+        last = at + len(text.rstrip() or text) - 1
+        name = name_at[last] if text else "formatting"
+        if name in ("formatting", "numbers and symbols") and any(char.isalpha() for char in text):
+            name = "other words"
+        names.append(name)
+        at += len(text)
+    return names
+
+
+def _trimmed_expression(match: re.Match) -> tuple[int, int]:
+    """The part of the run that is an expression: punctuation and spaces around it do not count, but one space before
+    it does. Empty where the run has no digit and no sign of arithmetic."""
+    text = match.group()
+    if not re.search(r"[0-9$€£%+=×÷^<>]", text):
+        return match.start(), match.start()
+    start = match.start() + len(text) - len(text.lstrip(" .,:)"))
+    end = match.start() + len(text.rstrip(" .,:(-"))
+    return start - (start > match.start() and match.string[start - 1] == " "), end
+
+
+def token_categories(
+    run: Run, samples: dict[str, Sample], tokenizer: TextTokenizer, rows: dict[str, dict], draws: int = 2000
+) -> dict:
+    """What kinds of token trimmed samples lost: after the paper's Figure 7, with categories by rule.
+
+    Args: samples, rows: by id; draws: of the bootstrap.
+    Returns: for "Q2" and for "filled in as Q2": {"samples", "rows", "pruned", "kept": answer tokens, "categories":
+        {name: {"pruned", "kept": counts, "share_of_pruned", "share_of_kept", "lift": the one over the other,
+        "interval95": of the lift}}}. Lift and interval are None where the divisor is 0 or may be. The rows are
+        resampled, with all their visits: the tokens of an answer are not independent of each other.
+    """
+    groups = {}
+    for group, backfilled in (("Q2", False), ("filled in as Q2", True)):
+        by_row, visits = {}, trimmed(run, backfilled)
+        named: dict[str, list[str]] = {}  # a row's tokens have the same categories at every visit
+        for visit in visits:
+            name = visit["id"]
+            if name not in named:
+                parts = pieces(tokenizer, answer_ids(samples[name]))
+                found = categories(parts, rows[name].get("boilerplate", ()))
+                named[name] = [c for c, part in zip(found, parts, strict=True) for _ in range(part.num_tokens)]
+            table = by_row.setdefault(name, np.zeros((2, len(CATEGORIES))))
+            for category, digit in zip(named[name], visit["tokens"], strict=True):
+                table[int(digit), CATEGORIES.index(category)] += 1
+        counts = np.array(list(by_row.values())).reshape(-1, 2, len(CATEGORIES))  # rows, pruned or kept, category
+        groups[group] = {"samples": len(visits), "rows": len(by_row), **_shares(counts, draws)}
+    return groups
+
+
+def _shares(counts: np.ndarray, draws: int) -> dict:
+    """Shares and lifts of counts (R, 2, C): 0 pruned, 1 kept."""
+    total, num_rows = counts.sum(0), len(counts)
+
+    def lifts(table: np.ndarray) -> np.ndarray:  # (..., 2, C) -> (..., C)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = table / table.sum(-1, keepdims=True)
+            return share[..., 0, :] / share[..., 1, :]
+
+    again = np.full((1, len(CATEGORIES)), math.nan)
+    if num_rows > 1:
+        rng = np.random.default_rng(0)
+        weights = rng.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=draws)
+        again = lifts(np.tensordot(weights, counts, 1))
+    finite = np.isfinite(again).mean(0) > 0.99
+    found = {}
+    for i, name in enumerate(CATEGORIES):
+        lift, values = lifts(total)[i], again[:, i][np.isfinite(again[:, i])]
+        interval = [round(float(v), 4) for v in np.quantile(values, [0.025, 0.975])] if finite[i] else None
+        found[name] = {
+            "pruned": int(total[0, i]),
+            "kept": int(total[1, i]),
+            **{f"share_of_{what}": _share(total[j, i], total[j].sum()) for j, what in enumerate(("pruned", "kept"))},
+            "lift": round(float(lift), 4) if math.isfinite(lift) else None,
+            "interval95": interval,
+        }
+    return {"pruned": int(total[0].sum()), "kept": int(total[1].sum()), "categories": found}
+
+
+def _share(part: float, whole: float) -> float:
+    return round(float(part / whole), 4) if whole else 0.0
+
+
+def token_table(groups: dict) -> str:
+    """Markdown: one row a category, three columns a group."""
+    lines = [[""], ["---"], ["tokens"]]
+    lines += [[name] for name in CATEGORIES]
+    for group, found in groups.items():
+        title = f"{group}, {found['samples']} samples of {found['rows']} rows"
+        lines[0] += [f"{title}: of the pruned", "of the kept", "lift, 95 % interval"]
+        lines[1] += ["---"] * 3
+        lines[2] += [f"{found['pruned']:,}", f"{found['kept']:,}", ""]
+        for line, name in zip(lines[3:], CATEGORIES, strict=True):
+            one = found["categories"][name]
+            lift = "" if one["lift"] is None else f"{one['lift']:.2f}"
+            if one["interval95"]:
+                lift += " [{:.2f}, {:.2f}]".format(*one["interval95"])
+            line += [f"{one['share_of_pruned']:.1%}", f"{one['share_of_kept']:.1%}", lift]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ------------------------------------------------------------------- Appendix E.1: rows of each quadrant
+
+QUADRANT_NAMES = {
+    Quadrant.HARMFUL_NOISE: "Q1, harmful noise",
+    Quadrant.VALUABLE_MISCONCEPTION: "Q2, valuable misconception",
+    Quadrant.REDUNDANT_KNOWLEDGE: "Q3, redundant knowledge",
+    Quadrant.CALIBRATION_DATA: "Q4, calibration data",
+    Quadrant.BETWEEN: "in no corner",
+}
+
+
+def quadrant_rows(run: Run, rows: dict[str, dict], num: int = 3, first_step: int = 1) -> str:
+    """Markdown: the first `num` rows met in each quadrant from `first_step` on, with their scores at that step."""
+    lines = []
+    for quadrant, title in QUADRANT_NAMES.items():
+        met = (
+            (step["step"], sample)
+            for step in run.steps
+            for sample in step["samples"]
+            if step["step"] >= first_step and sample["quadrant"] == quadrant
+        )
+        found = {}
+        for step, sample in met:
+            if len(found) == num:
+                break
+            found.setdefault(sample["id"], (step, sample))
+        lines += [f"### {title}", "", "| step | PPL | Ent | what became of it | prompt | answer |", "|" + " --- |" * 6]
+        for step, sample in found.values():
+            *_, question, answer = to_messages(rows[sample["id"]])
+            became = _became(sample) + (f"; `{kind}`" if (kind := rows[sample["id"]].get("kind")) else "")
+            texts = [_cell(message["content"]) for message in (question, answer)]
+            cells = [str(step), f"{sample['ppl']:.2f}", f"{sample['ent']:.2f}", became, *texts]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["" if found else "No row.", ""]
+    return "\n".join(lines)
+
+
+def _became(sample: dict) -> str:
+    if not sample["kept"]:
+        return "dropped"
+    return ("filled in, " if sample["backfilled"] else "") + ("trimmed" if sample["trimmed"] else "whole")
+
+
+def _cell(text: str, width: int = 200) -> str:
+    """Text that fits a cell of a Markdown table and is not taken for Markdown or HTML."""
+    text = text if len(text) <= width else text[:width].rstrip() + " ..."
+    escaped = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+    return " ".join(escaped.replace("\n", " ↵ ").split())
+
+
+# --------------------------------------------------------------------- Appendix E.2: pruned tokens, shown
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trimmed sample: its record in selection.jsonl with its step, its prompt, the pieces of its answer, for each
+    its category and whether it was pruned (a piece that lost one of its tokens counts as pruned)."""
+
+    record: dict
+    prompt: str
+    parts: list[Piece]
+    categories: list[str]
+    pruned: list[bool]
+
+
+def cases(
+    run: Run, samples: dict[str, Sample], tokenizer: TextTokenizer, rows: dict[str, dict], num: int = 12
+) -> list[Case]:
+    """`num` trimmed samples, two thirds of them in Q2 and one third filled in, evenly spaced over the run."""
+    found = []
+    for backfilled, share in ((False, num - num // 3), (True, num // 3)):
+        visits = trimmed(run, backfilled)
+        for i in range(min(share, len(visits))):
+            visit = visits[i * len(visits) // min(share, len(visits))]
+            row, parts = rows[visit["id"]], pieces(tokenizer, answer_ids(samples[visit["id"]]))
+            ends = np.cumsum([part.num_tokens for part in parts]).tolist()
+            lost = ["0" in visit["tokens"][end - part.num_tokens : end] for part, end in zip(parts, ends, strict=True)]
+            prompt = "\n".join(message["content"] for message in to_messages(row)[:-1])
+            found.append(Case(visit, prompt, parts, categories(parts, row.get("boilerplate", ())), lost))
+    return found
+
+
+def title(case: Case) -> str:
+    record, lost = case.record, case.record["tokens"].count("0")
+    place = QUADRANT_NAMES[record["quadrant"]] + (", filled in as Q2" if record["backfilled"] else "")
+    scores = f"PPL {record['ppl']:.2f}, Ent {record['ent']:.2f}"
+    return f"{record['id']}, step {record['step']}: {place}; {scores}; {lost} of {len(record['tokens'])} tokens pruned"
+
+
+def pruned_text(parts: Sequence[Piece], pruned: Sequence[bool]) -> str:
+    """The answer with each run of pruned pieces in ⟦ ⟧; there a whitespace token is shown as ␣, ↵ or ⇥.
+
+    A bracket of that kind in the text itself gets a backslash.
+    """
+    out, inside = [], False
+    for part, lost in zip(parts, pruned, strict=True):
+        text = re.sub(r"([\\⟦⟧])", r"\\\1", part.text)
+        if lost and not text.strip():
+            text = text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+        out += ["⟦"] * (lost and not inside) + ["⟧"] * (inside and not lost) + [text]
+        inside = lost
+    return "".join(out) + "⟧" * inside
+
+
+def pruned_markdown(shown: Sequence[Case]) -> str:
+    """Appendix E.2 as Markdown: each case as a block of text, the prompt quoted in front of it."""
+    lines = ["Pruned tokens stand in ⟦ ⟧; there ␣, ↵ and ⇥ are tokens of whitespace.", ""]
+    for case in shown:
+        text = pruned_text(case.parts, case.pruned)
+        fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", case.prompt + text)), default=0))
+        lines += [f"### {title(case)}", "", fence + "text", case.prompt, fence, "", fence + "text", text, fence, ""]
+    return "\n".join(lines)
+
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem; }
+h2 { font-size: 1rem; margin: 2.5rem 0 .5rem; }
+.prompt { white-space: pre-wrap; color: #767676; margin: 0 0 .5rem; }
+.answer { white-space: pre-wrap; margin: 0; }
+del { color: #c00000; background: #c0000018; }
+.blank { text-decoration: none; }
+.blank::before { content: attr(data-shown); }
+@media (prefers-color-scheme: dark) { .prompt { color: #949494; } del { color: #ff8080; background: #ff808028; } }
+"""
+
+
+def pruned_html(shown: Sequence[Case]) -> str:
+    """Appendix E.2 as one self-contained page: pruned tokens red and struck through, a token's category on hover.
+
+    The text of an answer's element is the answer, character for character; whitespace that was pruned is made visible
+    by the style sheet.
+    """
+    body = []
+    for case in shown:
+        marked = []
+        for part, category, lost in zip(case.parts, case.categories, case.pruned, strict=True):
+            text = html.escape(part.text)
+            if lost and part.text and not part.text.strip():
+                signs = part.text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+                text = f'<del class="blank" data-shown="{signs}" title="{category}">{text}</del>'
+            elif lost:
+                text = f'<del title="{category}">{text}</del>'
+            marked.append(text)
+        heading, prompt = html.escape(title(case)), html.escape(case.prompt)
+        body.append(f'<h2>{heading}</h2>\n<p class="prompt">{prompt}</p>\n<p class="answer">{"".join(marked)}</p>\n')
+    head = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Pruned tokens</title>\n'
+    return f"{head}<style>{STYLE}</style>\n<h1>Pruned tokens</h1>\n{''.join(body)}</html>\n"
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+COLOURS = {0: "#777777", 1: "#d55e00", 2: "#0072b2", 3: "#009e73", 4: "#cc79a7"}  # Okabe and Ito's, by quadrant
+CORNERS = {2: (0.02, 0.97, "left", "top"), 1: (0.98, 0.97, "right", "top")}
+CORNERS |= {3: (0.02, 0.03, "left", "bottom"), 4: (0.98, 0.03, "right", "bottom")}
+
+
+def plot_plane(found: dict, path: str | Path) -> None:
+    """A panel for the first and the last step of `plane`, one for all samples of the run. Needs matplotlib.
+
+    PPL is up and entropy to the right, as in README's table of quadrants. A step's first prune batch is drawn whole,
+    with its thresholds; the others of the step are small.
+    """
+    import matplotlib.pyplot as plt
+
+    steps = [found["steps"][0], *found["steps"][1:][-1:]]
+    figure, axes = plt.subplots(1, len(steps) + 1, figsize=(4 * (len(steps) + 1), 4), layout="constrained")
+    for axis, step in zip(axes, steps, strict=False):
+        for number, batch in enumerate(step["batches"]):
+            size = 20 if number else 55
+            for ppl, ent, quadrant, kept, filled in zip(
+                *(batch[key] for key in ("ppl", "ent", "quadrant", "kept", "backfilled")), strict=True
+            ):
+                colour = COLOURS[quadrant]
+                face = colour if kept else "none"
+                axis.scatter(ent, ppl, size, facecolors=face, edgecolors=colour, alpha=0.6 if number else 1, zorder=3)
+                if filled:
+                    axis.scatter(ent, ppl, 4 * size, facecolors="none", edgecolors="black", linewidths=0.9, zorder=3)
+        cuts = step["batches"][0]["thresholds"]
+        for name, draw in (("ent", axis.axvline), ("ppl", axis.axhline)):
+            draw(cuts[f"{name}_low"], color="#444444", linewidth=0.8, linestyle=":")
+            draw(cuts[f"{name}_high"], color="#444444", linewidth=0.8, linestyle="--")
+        axis.set_title(
+            f"step {step['step']}: {len(step['batches'])} prune batches of {found['prune_batch']}", fontsize=10
+        )
+    for label, size, face, ring in (
+        ("kept", 40, "#777777", 0),
+        ("dropped", 40, "none", 0),
+        ("filled in", 40, "#777777", 1),
+    ):
+        axes[0].scatter([], [], size, facecolors=face, edgecolors="black" if ring else "#777777", label=label)
+    every = found["all"]
+    edges = np.exp(np.linspace(*every["log_ppl"], BINS + 1)), np.linspace(*every["ent"], BINS + 1)
+    seen = np.array(every["seen"], dtype=float)
+    seen[seen == 0] = math.nan
+    mesh = axes[-1].pcolormesh(edges[1], edges[0], seen, norm="log", cmap="viridis_r", rasterized=True)
+    figure.colorbar(mesh, ax=axes[-1], label="samples", shrink=0.8)
+    axes[-1].set_title(f"all {every['samples']:,}: rank correlation {every['rank_correlation']:.2f}", fontsize=10)
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.set_xlabel("entropy, nats")
+        for quadrant, (x, y, across, up) in CORNERS.items():
+            place = {"transform": axis.transAxes, "ha": across, "va": up}
+            axis.text(x, y, f"Q{quadrant}", color=COLOURS[quadrant], weight="bold", **place)
+    axes[0].set_ylabel("perplexity")
+    axes[0].legend(fontsize=8, frameon=False, loc="upper center", ncols=3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def plot_categories(groups: dict, path: str | Path) -> None:
+    """Figure 7: a panel for each group of `token_categories`, two bars a category. Needs matplotlib."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.4), layout="constrained", sharey=True)
+    places = np.arange(len(CATEGORIES))
+    for axis, (group, found) in zip(axes, groups.items(), strict=True):
+        for shift, what, colour in ((-0.2, "pruned", "#d55e00"), (0.2, "kept", "#0072b2")):
+            shares = [100 * found["categories"][name][f"share_of_{what}"] for name in CATEGORIES]
+            bars = axis.barh(places + shift, shares, 0.38, color=colour, label=f"of the {found[what]:,} {what} tokens")
+            axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axis.set_yticks(places, CATEGORIES)
+        axis.set_xlabel("percent")
+        axis.set_title(f"{group}: {found['samples']} samples", fontsize=10)
+        axis.legend(fontsize=8, frameon=False, loc="lower right")
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="reproduce.cases", description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a Q-Tuning run with --log-selection")
+    parser.add_argument("--step", type=int, help="the step of plane, and where rows of quadrants start; none: several")
+    parser.add_argument("--out", type=Path, help="folder to write into; RUN/cases")
+    args = parser.parse_args(argv)
+    out = args.out or args.run / "cases"
+    try:
+        run = read_run(args.run)
+        config = run.config
+        tokenizer = TextTokenizer.from_pretrained(config.model)
+        loaded = load_samples(config.data, tokenizer, config.template, config.max_length, config.skip_bad_rows)[0]
+        samples = {sample.id: sample for sample in loaded}
+        rows = rows_by_id(config.data, samples)
+        on_plane = plane(run, [args.step] if args.step is not None else default_steps(run))
+        groups = token_categories(run, samples, tokenizer, rows)
+        shown = cases(run, samples, tokenizer, rows)
+        out.mkdir(parents=True, exist_ok=True)
+        write_aside(out / "plane.json", json.dumps(on_plane) + "\n")
+        write_aside(out / "tokens.json", json.dumps(groups, indent=1) + "\n")
+        write_aside(out / "quadrants.md", quadrant_rows(run, rows, first_step=args.step or 1))
+        write_aside(out / "pruned.md", pruned_markdown(shown))
+        write_aside(out / "pruned.html", pruned_html(shown))
+        try:
+            plot_plane(on_plane, out / "plane.svg")
+            plot_categories(groups, out / "tokens.svg")
+        except ImportError:
+            print("no plots: matplotlib is not installed (the plot extra)", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(token_table(groups))
+    print(f"\n{out}: plane.json, tokens.json, plane.svg, tokens.svg, quadrants.md, pruned.md, pruned.html")
+
+
+if __name__ == "__main__":
+    main()
