@@ -543,81 +543,97 @@ def pruned_html(shown: Sequence[Case]) -> str:
 # ---------------------------------------------------------------------------------------------- pictures
 
 COLOURS = {0: "#777777", 1: "#d55e00", 2: "#0072b2", 3: "#009e73", 4: "#cc79a7"}  # Okabe and Ito's, by quadrant
-CORNERS = {2: (0.02, 0.97, "left", "top"), 1: (0.98, 0.97, "right", "top")}
-CORNERS |= {3: (0.02, 0.03, "left", "bottom"), 4: (0.98, 0.03, "right", "bottom")}
 
 
 def plot_plane(found: dict, path: str | Path) -> None:
     """A panel for the first and the last step of `plane`, one for all samples of the run. Needs matplotlib.
 
-    PPL is up and entropy to the right, as in README's table of quadrants. A step's first prune batch is drawn whole,
-    with its thresholds; the others of the step are small.
+    PPL is up and entropy to the right, as in README's table of quadrants. A step's first prune batch is drawn large,
+    with its quadrants; the step's other batches, each with quadrants of its own, are small.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgba
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
 
     steps = [found["steps"][0], *found["steps"][1:][-1:]]
-    figure, axes = plt.subplots(1, len(steps) + 1, figsize=(4 * (len(steps) + 1), 4), layout="constrained")
+    figure, axes = plt.subplots(1, len(steps) + 1, figsize=(3.6 * (len(steps) + 1), 3.9), layout="constrained")
     for axis, step in zip(axes, steps, strict=False):
-        for number, batch in enumerate(step["batches"]):
-            size = 20 if number else 55
-            for ppl, ent, quadrant, kept, filled in zip(
-                *(batch[key] for key in ("ppl", "ent", "quadrant", "kept", "backfilled")), strict=True
-            ):
-                colour = COLOURS[quadrant]
-                face = colour if kept else "none"
-                axis.scatter(ent, ppl, size, facecolors=face, edgecolors=colour, alpha=0.6 if number else 1, zorder=3)
-                if filled:
-                    axis.scatter(ent, ppl, 4 * size, facecolors="none", edgecolors="black", linewidths=0.9, zorder=3)
-        cuts = step["batches"][0]["thresholds"]
-        for name, draw in (("ent", axis.axvline), ("ppl", axis.axhline)):
-            draw(cuts[f"{name}_low"], color="#444444", linewidth=0.8, linestyle=":")
-            draw(cuts[f"{name}_high"], color="#444444", linewidth=0.8, linestyle="--")
+        for number, batch in reversed(list(enumerate(step["batches"]))):
+            ppl, ent, kept, filled = (np.array(batch[key]) for key in ("ppl", "ent", "kept", "backfilled"))
+            edges = np.array([to_rgba(COLOURS[quadrant], 0.5 if number else 1) for quadrant in batch["quadrant"]])
+            look = {"s": 18 if number else 60, "edgecolors": edges, "zorder": 3}
+            axis.scatter(ent, ppl, facecolors=edges * [1, 1, 1, 0] + np.outer(kept * edges[:, 3], [0, 0, 0, 1]), **look)
+            ring = {"facecolors": "none", "edgecolors": "black", "linewidths": 0.9, "zorder": 3}
+            axis.scatter(ent[filled == 1], ppl[filled == 1], s=4 * look["s"], **ring)
         axis.set_title(
             f"step {step['step']}: {len(step['batches'])} prune batches of {found['prune_batch']}", fontsize=10
         )
-    for label, size, face, ring in (
-        ("kept", 40, "#777777", 0),
-        ("dropped", 40, "none", 0),
-        ("filled in", 40, "#777777", 1),
-    ):
-        axes[0].scatter([], [], size, facecolors=face, edgecolors="black" if ring else "#777777", label=label)
     every = found["all"]
     edges = np.exp(np.linspace(*every["log_ppl"], BINS + 1)), np.linspace(*every["ent"], BINS + 1)
-    seen = np.array(every["seen"], dtype=float)
-    seen[seen == 0] = math.nan
+    seen = np.where(np.array(every["seen"]) > 0, every["seen"], math.nan)
     mesh = axes[-1].pcolormesh(edges[1], edges[0], seen, norm="log", cmap="viridis_r", rasterized=True)
     figure.colorbar(mesh, ax=axes[-1], label="samples", shrink=0.8)
     axes[-1].set_title(f"all {every['samples']:,}: rank correlation {every['rank_correlation']:.2f}", fontsize=10)
-    for axis in axes:
+    for axis, step in zip(axes, [*steps, None], strict=True):
         axis.set_yscale("log")
+        axis.margins(0.12)
         axis.set_xlabel("entropy, nats")
-        for quadrant, (x, y, across, up) in CORNERS.items():
-            place = {"transform": axis.transAxes, "ha": across, "va": up}
-            axis.text(x, y, f"Q{quadrant}", color=COLOURS[quadrant], weight="bold", **place)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.minorticks_off()
+        if step:
+            _draw_quadrants(axis, step["batches"][0]["thresholds"])
+    for label, face, ring in (("kept", "#777777", None), ("filled in", "#777777", "black"), ("dropped", "none", None)):
+        axes[0].scatter(
+            [], [], 60, facecolors=face, edgecolors=ring or "#777777", linewidths=2 if ring else 1, label=label
+        )
     axes[0].set_ylabel("perplexity")
-    axes[0].legend(fontsize=8, frameon=False, loc="upper center", ncols=3)
+    figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _draw_quadrants(axis, cuts: dict) -> None:
+    """Tint the four corners that the thresholds cut, each with its name."""
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    axis.set(xlim=(left, right), ylim=(bottom, top))
+    for quadrant, (high_ppl, high_ent) in {
+        1: (True, True),
+        2: (True, False),
+        3: (False, False),
+        4: (False, True),
+    }.items():
+        x = (cuts["ent_high"], right) if high_ent else (left, cuts["ent_low"])
+        y = (cuts["ppl_high"], top) if high_ppl else (bottom, cuts["ppl_low"])
+        axis.fill_between(x, *y, color=COLOURS[quadrant], alpha=0.1, linewidth=0)
+        place = {
+            "transform": axis.transAxes,
+            "ha": "right" if high_ent else "left",
+            "va": "top" if high_ppl else "bottom",
+        }
+        where = (0.97 if high_ent else 0.03, 0.97 if high_ppl else 0.03)
+        axis.text(*where, f"Q{quadrant}", color=COLOURS[quadrant], weight="bold", **place)
 
 
 def plot_categories(groups: dict, path: str | Path) -> None:
     """Figure 7: a panel for each group of `token_categories`, two bars a category. Needs matplotlib."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.6), layout="constrained", sharey=True)
     places = np.arange(len(CATEGORIES))
     for axis, (group, found) in zip(axes, groups.items(), strict=True):
         for shift, what, colour in ((-0.2, "pruned", "#d55e00"), (0.2, "kept", "#0072b2")):
             shares = [100 * found["categories"][name][f"share_of_{what}"] for name in CATEGORIES]
-            bars = axis.barh(places + shift, shares, 0.38, color=colour, label=f"of the {found[what]:,} {what} tokens")
-            axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+            bars = axis.barh(places + shift, shares, 0.38, color=colour, label=f"{what} tokens")
+            axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
         axis.set_yticks(places, CATEGORIES)
-        axis.set_xlabel("percent")
-        axis.set_title(f"{group}: {found['samples']} samples", fontsize=10)
-        axis.legend(fontsize=8, frameon=False, loc="lower right")
+        axis.set_xlabel("percent of the tokens pruned, and of those kept")
+        totals = f"{found['pruned']:,} tokens pruned, {found['kept']:,} kept"
+        axis.set_title(f"{group}: {found['samples']} samples, {totals}", fontsize=10)
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside lower center", ncols=2)
     figure.savefig(path)
     plt.close(figure)
 
