@@ -316,14 +316,15 @@ def token_categories(
     """What kinds of token trimmed samples lost: after the paper's Figure 7, with categories by rule.
 
     Args: samples, rows: by id; draws: of the bootstrap.
-    Returns: for "Q2" and for "filled in as Q2": {"samples", "rows", "pruned", "kept": answer tokens, "categories":
-        {name: {"pruned", "kept": counts, "share_of_pruned", "share_of_kept", "lift": the one over the other,
-        "interval95": of the lift}}}. Lift and interval are None where the divisor is 0 or may be. The rows are
+    Returns: for "Q2" and for "filled in as Q2": {"samples", "rows", "answer_spans": {"samples" that have one, "cut":
+        those that lost a token of it, "gone": those that lost all of it}, "pruned", "kept": answer tokens,
+        "categories": {name: {"pruned", "kept": counts, "share_of_pruned", "share_of_kept", "lift": the one over the
+        other, "interval95": of the lift}}}. Lift and interval are None where the divisor is 0 or may be. The rows are
         resampled, with all their visits: the tokens of an answer are not independent of each other.
     """
     groups = {}
     for group, backfilled in (("Q2", False), ("filled in as Q2", True)):
-        by_row, visits = {}, trimmed(run, backfilled)
+        by_row, visits, spans = {}, trimmed(run, backfilled), []
         named: dict[str, list[str]] = {}  # a row's tokens have the same categories at every visit
         for visit in visits:
             name = visit["id"]
@@ -334,8 +335,12 @@ def token_categories(
             table = by_row.setdefault(name, np.zeros((2, len(CATEGORIES))))
             for category, digit in zip(named[name], visit["tokens"], strict=True):
                 table[int(digit), CATEGORIES.index(category)] += 1
+            both = zip(named[name], visit["tokens"], strict=True)
+            spans.append("".join(digit for category, digit in both if category == "answer span"))
         counts = np.array(list(by_row.values())).reshape(-1, 2, len(CATEGORIES))  # rows, pruned or kept, category
-        groups[group] = {"samples": len(visits), "rows": len(by_row), **_shares(counts, draws)}
+        spans = [span for span in spans if span]
+        lost = {"samples": len(spans), "cut": sum("0" in s for s in spans), "gone": sum("1" not in s for s in spans)}
+        groups[group] = {"samples": len(visits), "rows": len(by_row), "answer_spans": lost, **_shares(counts, draws)}
     return groups
 
 
@@ -373,7 +378,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def token_table(groups: dict) -> str:
-    """Markdown: one row a category, three columns a group."""
+    """Markdown: one row a category, three columns a group; below, what became of the answer spans."""
     lines = [[""], ["---"], ["tokens"]]
     lines += [[name] for name in CATEGORIES]
     for group, found in groups.items():
@@ -387,7 +392,13 @@ def token_table(groups: dict) -> str:
             if one["interval95"]:
                 lift += " [{:.2f}, {:.2f}]".format(*one["interval95"])
             line += [f"{one['share_of_pruned']:.1%}", f"{one['share_of_kept']:.1%}", lift]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table, spans = "\n".join(f"| {' | '.join(line)} |" for line in lines), []
+    for group, found in groups.items():
+        lost = found["answer_spans"]
+        spans.append(
+            f"{group}: {lost['cut']} of {lost['samples']} answer spans lost a token, {lost['gone']} all tokens"
+        )
+    return "\n".join([table, "", *spans])
 
 
 # ------------------------------------------------------------------- Appendix E.1: rows of each quadrant

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_train import run
 
-from data.sft import load_samples
+from data.sft import Sample, load_samples
 from data.tokenizer import TextTokenizer
 from reproduce import cases
 from reproduce.cases import CATEGORIES, Case, Piece
@@ -84,7 +84,19 @@ def test_every_trimmed_token_is_counted_once_and_shares_sum_to_one(loaded):
             shares = sum(one[f"share_of_{what}"] for one in found["categories"].values())
             assert shares == pytest.approx(1 if found[what] else 0, abs=1e-3)
     assert groups["filled in as Q2"]["samples"] + groups["Q2"]["samples"] > 0
-    assert cases.token_table(groups).count("\n") == 2 + len(CATEGORIES)
+    assert cases.token_table(groups).count("| answer span |") == 1
+
+
+def test_an_answer_span_is_cut_when_a_token_is_pruned_and_gone_when_all_are(loaded):
+    ids = BASE_TOKENIZER.encode_plain("4213") + [BASE_TOKENIZER.eos_id]
+    sample = Sample("a", [0, *ids], [-100, *ids])
+    visit = {"id": "a", "kept": True, "trimmed": True, "backfilled": False}
+    log = [{**visit, "tokens": tokens} for tokens in ("11110", "11010", "00001")]
+    steps = [{"step": 1, "samples": log}]
+    groups = cases.token_categories(cases.Run(loaded[0].config, steps), {"a": sample}, BASE_TOKENIZER, {"a": {}}, 10)
+    assert groups["Q2"]["answer_spans"] == {"samples": 3, "cut": 2, "gone": 1}
+    assert groups["Q2"]["categories"]["answer span"]["interval95"] is None  # one row tells no spread
+    assert "Q2: 2 of 3 answer spans lost a token, 1 all tokens" in cases.token_table(groups)
 
 
 def test_rows_are_resampled_with_all_their_tokens():
@@ -251,6 +263,7 @@ class Page(HTMLParser):
 
 @given(PIECES, st.data())
 def test_html_marks_exactly_the_pruned_pieces_and_its_text_is_the_answer(parts, data):
+    parts = [*parts, Piece("<i>&amp;", 1)]
     pruned = data.draw(st.lists(st.booleans(), min_size=len(parts), max_size=len(parts)))
     record = {"id": "<b>", "step": 1, "quadrant": 2, "backfilled": False, "ppl": 2.0, "ent": 1.0, "tokens": "01"}
     page = cases.pruned_html([Case(record, "<i>&", parts, cases.categories(parts), pruned)])
