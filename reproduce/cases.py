@@ -483,7 +483,7 @@ def cases(
     return found
 
 
-def title(case: Case) -> str:
+def caption(case: Case) -> str:
     record, lost = case.record, case.record["tokens"].count("0")
     place = QUADRANT_NAMES[record["quadrant"]] + (", filled in as Q2" if record["backfilled"] else "")
     scores = f"PPL {record['ppl']:.2f}, Ent {record['ent']:.2f}"
@@ -511,7 +511,7 @@ def pruned_markdown(shown: Sequence[Case]) -> str:
     for case in shown:
         text = pruned_text(case.parts, case.pruned)
         fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", case.prompt + text)), default=0))
-        lines += [f"### {title(case)}", "", fence + "text", case.prompt, fence, "", fence + "text", text, fence, ""]
+        lines += [f"### {caption(case)}", "", fence + "text", case.prompt, fence, "", fence + "text", text, fence, ""]
     return "\n".join(lines)
 
 
@@ -545,7 +545,7 @@ def pruned_html(shown: Sequence[Case]) -> str:
             elif lost:
                 text = f'<del title="{category}">{text}</del>'
             marked.append(text)
-        heading, prompt = html.escape(title(case)), html.escape(case.prompt)
+        heading, prompt = html.escape(caption(case)), html.escape(case.prompt)
         body.append(f'<h2>{heading}</h2>\n<p class="prompt">{prompt}</p>\n<p class="answer">{"".join(marked)}</p>\n')
     head = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Pruned tokens</title>\n'
     return f"{head}<style>{STYLE}</style>\n<h1>Pruned tokens</h1>\n{''.join(body)}</html>\n"

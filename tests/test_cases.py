@@ -88,7 +88,7 @@ def test_every_trimmed_token_is_counted_once_and_shares_sum_to_one(loaded):
 
 
 def test_an_answer_span_is_cut_when_a_token_is_pruned_and_gone_when_all_are(loaded):
-    ids = BASE_TOKENIZER.encode_plain("4213") + [BASE_TOKENIZER.eos_id]
+    ids = [*BASE_TOKENIZER.encode_plain("4213"), BASE_TOKENIZER.eos_id]
     sample = Sample("a", [0, *ids], [-100, *ids])
     visit = {"id": "a", "kept": True, "trimmed": True, "backfilled": False}
     log = [{**visit, "tokens": tokens} for tokens in ("11110", "11010", "00001")]
@@ -282,4 +282,4 @@ def test_a_case_says_which_pieces_lost_a_token(loaded):
         if all(part.num_tokens == 1 for part in case.parts):
             assert "".join("01"[not lost] for lost in case.pruned) == case.record["tokens"]
         assert "".join(part.text for part in case.parts).strip().startswith("It is")
-    assert all(cases.title(case).split(",")[0] in cases.pruned_markdown(shown) for case in shown)
+    assert all(cases.caption(case).split(",")[0] in cases.pruned_markdown(shown) for case in shown)
