@@ -1,7 +1,7 @@
 """Builds the embedded default from one seed, without any download: a made-up world, and from it
 a base model, SFT rows of known quality and two held-out tests.
 
-    python data/tiny/make.py [--out DIR] [--seed 0] [--steps N]        (from anywhere)
+    python data/tiny/make.py [--out DIR] [--seed 0] [--steps N] [--layers 4]        (from anywhere)
 
 writes DIR/base/ (a LLaMA-architecture model in Hugging Face layout), DIR/sft.json (Alpaca rows),
 DIR/gsm8k_test.jsonl (GSM8K's form) and DIR/arc_test.jsonl (AI2's ARC form); DIR is this file's folder
@@ -739,11 +739,11 @@ def packed_blocks(tokenizer: Tokenizer, documents):
         yield torch.stack([ids[i * BLOCK : (i + 1) * BLOCK + 1] for i in range(BATCH)])
 
 
-def pretrain(tokenizer: Tokenizer, seed: int, steps: int) -> tuple[Transformer, float]:
+def pretrain(tokenizer: Tokenizer, seed: int, steps: int, layers: int) -> tuple[Transformer, float]:
     """The base in fp32 after `steps` optimizer steps, and its mean loss (nats a token) over the last 100."""
     torch.manual_seed(seed)
     special = {"bos_token_id": tokenizer.token_to_id(BOS), "eos_token_id": tokenizer.token_to_id(EOS)}
-    config = {**CONFIG, "vocab_size": tokenizer.get_vocab_size(), **special}
+    config = {**CONFIG, "num_hidden_layers": layers, "vocab_size": tokenizer.get_vocab_size(), **special}
     model = Transformer(ModelConfig.from_dict(config))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True
@@ -784,14 +784,16 @@ def jsonl(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write into (default: this file's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400, help="pre-training steps of 2048 tokens")
-    args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, got {args.steps}")
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="of the base: its size")
+    args = parser.parse_args(argv)
+    for name in ("steps", "layers"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out, prefix=".making-") as temporary:
         folder = Path(temporary)
@@ -800,7 +802,7 @@ def main() -> None:
         write_text(folder / "gsm8k_test.jsonl", jsonl(make_gsm8k(args.seed)))
         documents = pretraining_documents(args.seed)
         tokenizer = train_tokenizer([next(documents) for _ in tqdm(range(30_000), desc="tokenizer text")])
-        model, loss = pretrain(tokenizer, args.seed, args.steps)
+        model, loss = pretrain(tokenizer, args.seed, args.steps, args.layers)
         model.to(torch.bfloat16).save_pretrained(folder / "base")
         save_tokenizer(tokenizer, folder / "base")
         for path in sorted(folder.iterdir()):
