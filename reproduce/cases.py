@@ -54,7 +54,10 @@ def read_run(folder: str | Path) -> Run:
     """Raises: FileNotFoundError; ValueError where samples were not chosen by Q-Tuning, or no step is logged yet."""
     folder = Path(folder)
     told, log = read_json(folder / "config.json"), folder / "selection.jsonl"
-    config = train.Config(**{field.name: told[field.name] for field in dataclasses.fields(train.Config)})
+    fields = [
+        field.name for field in dataclasses.fields(train.Config) if field.name in told
+    ]  # a newer flag: its default
+    config = train.Config(**{name: told[name] for name in fields})
     if config.sample_pruner != "qtuning":
         raise ValueError(f"{folder}: expected a run of --sample-pruner qtuning, got {config.sample_pruner}")
     if not log.is_file():

@@ -16,6 +16,7 @@ Not counted: what the allocator holds in reserve, and what CUDA and its librarie
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -47,7 +48,7 @@ MODELS = {  # the models that the paper tunes, and a small one to measure
     name: ModelConfig.from_dict(dict(zip(KEYS, values, strict=True)))
     for name, values in {
         "LLaMA2-7B": ("llama", 32000, 4096, 11008, 32, 32, 32, False),
-        "Mistral-7B-v0.1": ("mistral", 32000, 4096, 14336, 32, 32, 8, False),
+        "Mistral-7B": ("mistral", 32000, 4096, 14336, 32, 32, 8, False),
         "LLaMA3-8B": ("llama", 128256, 4096, 14336, 32, 32, 8, False),
         "SmolLM2-1.7B": ("llama", 49152, 2048, 8192, 24, 32, 32, True),
         "Qwen3-8B": ("qwen3", 151936, 4096, 12288, 36, 32, 8, False),
@@ -59,6 +60,7 @@ MODELS = {  # the models that the paper tunes, and a small one to measure
 MODES = ("score", "lora, checkpointing", "lora", "full, checkpointing", "full")
 
 
+@functools.cache  # of a model with LoRA it takes a second
 def meta_model(cfg: ModelConfig, lora_rank: int = 0) -> Transformer:
     with torch.device("meta"):
         model = Transformer(cfg)

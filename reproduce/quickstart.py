@@ -42,9 +42,9 @@ def scores(folder: Path, scratch: Path) -> dict:
     return {**kept, "heldout_loss": (nll.sum() / loss_mask.sum()).item()}
 
 
-def heldout_samples(tokenizer: TextTokenizer, scratch: Path) -> list[Sample]:
+def heldout_rows() -> list[dict]:
     """The tests' questions with their right answers, in the words that SFT rows use."""
-    rows = [
+    return [
         {"prompt": item.question, "response": item.choices[item.gold]}
         for item in arc.read_items(TINY / "arc_test.jsonl")
     ] + [
@@ -54,9 +54,12 @@ def heldout_samples(tokenizer: TextTokenizer, scratch: Path) -> list[Sample]:
         }
         for item in gsm8k.read_items(TINY / "gsm8k_test.jsonl")
     ]
+
+
+def heldout_samples(tokenizer: TextTokenizer, scratch: Path) -> list[Sample]:
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / "heldout.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in heldout_rows()), encoding="utf-8")
     return load_samples(path, tokenizer)[0]
 
 

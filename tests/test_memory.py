@@ -13,7 +13,7 @@ from reproduce import memory
     ("name", "count"),
     [
         ("LLaMA2-7B", 6_738_415_616),
-        ("Mistral-7B-v0.1", 7_241_732_096),
+        ("Mistral-7B", 7_241_732_096),
         ("LLaMA3-8B", 8_030_261_248),
         ("SmolLM2-1.7B", 1_711_376_384),
         ("SmolLM2-135M", 134_515_008),
