@@ -1,15 +1,28 @@
-"""Markdown of committed results that have no script of their own.
+"""One page of all results: python -m reproduce.report writes reproduce/RESULTS.md and its figures.
 
-python -m reproduce.report      the scores of SmolLM2-135M, of results/smollm2_scores.json
+Every table of scores shows paper | ours | difference. What is compared is the gain over a reference row (marked so),
+for the models differ: the paper's gain, ours with its 95 % interval over seeds, and their difference. A `~` says that
+a gain of ours, or its difference from the paper's, is within that noise. A loss's gain is its fall.
 """
 
 from __future__ import annotations
 
+import argparse
+import shlex
+import statistics
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from model import read_json
+from eval.common import wilson_interval
+from model import read_json, write_aside
+from reproduce import cases, efficiency, figures, noise, paper
+from reproduce.experiments import CHOICES, EXPERIMENTS, Experiment, Flags, qtuning, row
+from reproduce.presets import PRESETS, Preset
+from reproduce.runs import run_of
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).with_name("RESULTS.md")
 TASKS = {
     "arc_easy": "ARC-Easy dev",
     "arc_challenge": "ARC-Challenge dev",
@@ -18,25 +31,376 @@ TASKS = {
     "triviaqa": "TriviaQA",
     "math": "MATH-500",
 }
+TINY_TASKS = {"arc": "ARC form", "gsm8k": "GSM8K form"}
+PAIRED = {  # task -> the paper's
+    "arc": "ARC-E",
+    "arc_easy": "ARC-E",
+    "arc_challenge": "ARC-C",
+    "gsm8k": "GSM8K",
+    "squad": "SQuAD",
+    "triviaqa": "TriviaQA",
+    "math": "MATH",
+}
+REFERENCES = (
+    "Random-Random",
+    "Random",
+    "Q1 Q3 | Q2",
+    "batch 8",
+    "Q-Tuning",
+    "Zero-Shot",
+)  # the first that a section has
+Values = list[float]  # one a seed
+
+
+# -------------------------------------------------------------------------------------- what was found
+
+
+@dataclass(frozen=True)
+class Results:
+    """The result file of a preset, by the names of experiments.py."""
+
+    preset: Preset
+    runs: dict[tuple, list[dict]]  # (model, data, flags) -> a run a seed
+
+    @staticmethod
+    def read(name: str, path: Path | None = None) -> Results | None:
+        """Of a preset, from its committed file unless another is named; None where there is none."""
+        path = path or RESULTS / f"{name}.json"
+        if not path.exists():
+            return None
+        runs: dict[tuple, list[dict]] = {}
+        for run in sorted(read_json(path)["runs"], key=lambda run: run["seed"]):
+            flags = None if run["flags"] is None else tuple(shlex.split(run["flags"]))
+            runs.setdefault((run["model"], run["data"], flags), []).append(run)
+        return Results(PRESETS[name](Path("runs") / name), runs)
+
+    def of(self, experiment: Experiment, model: str, flags: Flags | None) -> list[dict]:
+        run = run_of(self.preset, model, experiment.data, flags, 0)
+        return self.runs.get((run.model, run.data, run.flags), [])
+
+    def tasks(self, experiment: Experiment) -> list[str]:
+        return [*self.preset.tests[experiment.data], "held"]
+
+    def name(self, task: str) -> str:
+        return "held-out loss" if task == "held" else (TINY_TASKS if self.preset.name == "tiny" else TASKS)[task]
+
+
+def values(runs: list[dict], task: str) -> Values:
+    """A task's score of each run; `held`: nats a token on the held rows after the last step."""
+    if task == "held":
+        return [run["held"]["rows_nll"][-1] for run in runs]
+    return [run["scores"][task] for run in runs]
+
+
+def better(task: str) -> int:
+    return -1 if task == "held" else 1
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Mean of one row over that of another, its sign such that more is better, and half its 95 % interval."""
+
+    mean: float
+    margin: float | None
+
+    def is_noise(self, expected: float = 0.0) -> bool:
+        return self.margin is None or abs(self.mean - expected) <= self.margin
+
+
+def gain(runs: list[dict], over: list[dict], task: str) -> Gain:
+    """Noise is that of seeds; of a single run each, that of the tests' items."""
+    ours, theirs = values(runs, task), values(over, task)
+    margin = noise.difference_margin(ours, theirs)
+    if margin is None and task != "held":
+        margin = noise.proportions_margin(*((run[0]["scores"][task], run[0]["n"][task]) for run in (runs, over)))
+    return Gain(better(task) * (statistics.mean(ours) - statistics.mean(theirs)), margin)
+
+
+# ----------------------------------------------------------------------------------------------- tables
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """The first line is the head; a bar in a cell does not end it."""
+    head, *rest = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rest))
+
+
+def with_margin(runs: list[dict], task: str) -> str:
+    """Mean and half its 95 % interval over seeds; of a single run the interval over the test's items."""
+    found, digits = values(runs, task), 3 if task == "held" else 1
+    margin = noise.mean_margin(found)
+    shown = f"{statistics.mean(found):.{digits}f}"
+    if margin is not None:
+        return f"{shown} ± {margin:.{digits}f}"
+    if task == "held":
+        return shown
+    n = runs[0]["n"][task]
+    low, high = wilson_interval(round(found[0] * n / 100), n)
+    return f"{shown} [{low:.1f}, {high:.1f}]"
+
+
+def shown_gain(found: Gain, task: str, expected: float = 0.0) -> str:
+    digits = 3 if task == "held" else 1
+    return f"{found.mean - expected:+.{digits}f}{' ~' if found.is_noise(expected) else ''}"
+
+
+def score_table(results: Results, name: str, model: str) -> str | None:
+    """An experiment for one of its models, a line a row; None where nothing of it has run."""
+    experiment = EXPERIMENTS[name]
+    tasks, printed = results.tasks(experiment), experiment.table
+    head = ["budget", "row", "seeds"]
+    for task in tasks:
+        paired = printed and PAIRED.get(task) in paper.load()["tables"][printed]["tasks"]
+        head += [f"{PAIRED[task]}: paper", "gain"] if paired else []
+        head += [f"{results.name(task)}: ours", "gain"] + (["difference"] if paired else [])
+    lines = []
+    for section, named in experiment.sections.items():
+        at, reference = reference_of(experiment, section)
+        over = results.of(experiment, model, experiment.sections[at][reference])
+        for label, flags in named.items():
+            runs = results.of(experiment, model, flags)
+            if not runs:
+                continue
+            is_reference = (section, label) == (at, reference)
+            line = [section, label + " (reference)" * is_reference, str(len(runs)) if flags else ""]
+            for task in tasks:
+                expected, paired = None, printed and PAIRED.get(task) in paper.load()["tables"][printed]["tasks"]
+                if paired:
+                    theirs = paper.paper_score(printed, model, section, label, PAIRED[task])
+                    base = paper.paper_score(printed, model, at, reference, PAIRED[task])
+                    known = theirs is not None and base is not None and not is_reference
+                    expected = theirs - base if known else None
+                    line += ["" if theirs is None else f"{theirs:.2f}", "" if expected is None else f"{expected:+.2f}"]
+                line.append(with_margin(runs, task))
+                found = gain(runs, over, task) if over and not is_reference else None
+                line.append(shown_gain(found, task) if found else "")
+                if paired:
+                    line.append(shown_gain(found, task, expected) if found and expected is not None else "")
+            lines.append(line)
+    return markdown([head, *lines]) if lines else None
+
+
+def reference_of(experiment: Experiment, section: str) -> tuple[str, str]:
+    """Section and row that a section's gains are over: its own, or full data where it is a single row."""
+    named = experiment.sections[section]
+    if len(named) == 1 and "" in experiment.sections:
+        return "", "Full Dataset"
+    return section, next((label for label in REFERENCES if label in named), next(iter(named)))
+
+
+def baseline_table(results: Results) -> str:
+    """What the README shows: the methods at the first budget, beside the untuned model and full data."""
+    experiment, budget = EXPERIMENTS["choices"], "12.5x50"
+    methods = {
+        "before tuning": None,
+        "full data": qtuning("100x100"),
+        "random": row("Random", "Random", budget),
+        "random, whole answers": row("Random", "Random", "12.5x100"),
+        **{name: qtuning(budget, *flags) for name, flags in CHOICES.items()},
+    }
+    tasks = results.tasks(experiment)
+    lines = [["method", "seeds", "samples kept", "answer tokens kept", *(results.name(task) for task in tasks)]]
+    for name, flags in methods.items():
+        runs = results.of(experiment, experiment.models[0], flags)
+        if not runs:
+            continue
+        line = [name, str(len(runs)) if flags else "", "", ""]
+        if flags:
+            line[2:] = [
+                f"{100 * share(runs, f'{what}_kept', f'{what}_seen'):.1f} %" for what in ("samples", "answer_tokens")
+            ]
+        lines.append([*line, *(with_margin(runs, task) for task in tasks)])
+    return markdown(lines)
+
+
+def share(runs: list[dict], part: str, whole: str) -> float:
+    return sum(run[part] for run in runs) / sum(run[whole] for run in runs)
+
+
+# ----------------------------------------------------------------------------------------- what holds
+
+BUDGETS = ("12.5x50", "12.5x70", "25x50", "25x70", "50x50", "50x70")
+QUESTIONS: dict[
+    str, tuple[Flags, Flags]
+] = {  # question -> the row that should do better, the row that it is held against
+    **{f"Q-Tuning over random x random, {b}": (qtuning(b), row("Random", "Random", b)) for b in BUDGETS},
+    **{f"Q-Tuning over full data, {b}": (qtuning(b), qtuning("100x100")) for b in BUDGETS},
+    "both axes over its samples alone, 12.5": (qtuning("12.5x50"), row("Q-Tuning", "Random", "12.5x100")),
+    "both axes over its tokens alone, 50": (qtuning("12.5x50"), qtuning("100x50")),
+    **{
+        f"{question}, {b}": (qtuning(b, *ours), qtuning(b, *theirs))
+        for question, ours, theirs in (
+            ("`drop` over `mask`", ("--token-pruning", "drop"), ()),
+            ("the lowest scores stay over the highest (`--reverse`)", (), ("--reverse",)),
+            ("lambda 0.5 over 0", (), ("--smoothing", "0")),
+            ("prune batch 16 over 8", ("--prune-batch", "16"), ()),
+            ("prune batch 32 over 8", ("--prune-batch", "32"), ()),
+            ("trimmed answers over whole ones", (), ("--trim-quadrants", "")),
+            ("Q1 dropped over Q1 kept", (), ("--keep-quadrants", "1,2,4")),
+            ("Q4 whole over Q4 trimmed too", (), ("--trim-quadrants", "2,4")),
+        )
+        for b in ("12.5x50", "25x50")
+    },
+}
+
+
+def answers(results: Results) -> str:
+    """Each question's gain, and whether it is more than noise."""
+    experiment = EXPERIMENTS["choices"]
+    tasks = results.tasks(experiment)
+    lines = [["does it gain?", *(results.name(task) for task in tasks), "beyond noise"]]
+    for question, (ours, theirs) in QUESTIONS.items():
+        first, second = (results.of(experiment, experiment.models[0], flags) for flags in (ours, theirs))
+        if not first or not second:
+            continue
+        gains = {task: gain(first, second, task) for task in tasks}
+        words = [
+            f"{'better' if found.mean > 0 else 'worse'} on {results.name(task)}"
+            for task, found in gains.items()
+            if not found.is_noise()
+        ]
+        lines.append([question, *(interval(gains[task], task) for task in tasks), ", ".join(words) or "nothing"])
+    return markdown(lines)
+
+
+def interval(found: Gain, task: str) -> str:
+    digits = 3 if task == "held" else 1
+    return f"{found.mean:+.{digits}f}" + (f" ± {found.margin:.{digits}f}" if found.margin is not None else "")
+
+
+def sources(results: Results) -> str:
+    """Where the kept samples of Q-Tuning came from, by budget and prune batch."""
+    lines = [["budget", "prune batch", "Q2", "Q4", "backfill, trimmed", "backfill, whole", "answer tokens kept"]]
+    experiment = EXPERIMENTS["choices"]
+    for budget in BUDGETS:
+        for size in (8, 16, 32):
+            flags = qtuning(budget, *(("--prune-batch", str(size)) if size > 8 else ()))
+            runs = results.of(experiment, experiment.models[0], flags)
+            if runs:
+                parts = ("kept_q2", "kept_q4", "backfilled_q2", "backfilled_q4")
+                cells = [f"{100 * share(runs, part, 'samples_kept'):.0f} %" for part in parts]
+                cells.append(f"{100 * share(runs, 'answer_tokens_kept', 'answer_tokens_seen'):.1f} %")
+                lines.append([budget, str(size), *cells])
+    return markdown(lines)
+
+
+def grid(results: Results, task: str) -> str:
+    """Sample pruners (rows) by token pruners (columns): the mean of a task at 12.5x50."""
+    experiment = EXPERIMENTS["pairings"]
+    named = experiment.sections["12.5x50"]
+    tokens = list(dict.fromkeys(name.partition("-")[2] for name in named if name != "Q-Tuning"))
+    lines = [["", *tokens]]
+    for sample in dict.fromkeys(name.partition("-")[0] for name in named if name != "Q-Tuning"):
+        cells = [results.of(experiment, experiment.models[0], named[f"{sample}-{token}"]) for token in tokens]
+        lines.append([sample, *("" if not runs else with_margin(runs, task) for runs in cells)])
+    return markdown(lines)
+
+
+# ------------------------------------------------------------------------------------------------ page
+
+HEAD = """# Results
+
+Made by `python -m reproduce.report` from the files in [`results/`](results); not written by hand.
+
+How to read a table: scores in percent and losses in nats a token are means over seeds ± half the 95 % interval
+(Student's t), or of a single run the interval over the test's items. A *gain* is over the row marked (reference) of
+the same budget, or over full data where a budget has one row; of a loss it is the fall. *Difference* is our gain less
+the paper's: models, rows and tests differ, so that scores themselves do not compare. `~` marks what is within the
+noise. The paper's numbers are as it prints them; [`paper.json`](paper.json) lists its misprints.
+"""
+TINY = """## The embedded default
+
+`python -m reproduce all` : one epoch of the embedded default (4,000 rows of known quality, a model of a million
+parameters) for every row of every table, on a CPU. All of the paper's models are the same embedded one here, and its
+word problems stand for MathInstruct; the ARC form stands beside ARC-E, the GSM8K form beside GSM8K.
+"""
+SELECTED = """## What is selected
+
+Figures 1, 2 and 7 and Appendix E, of Q-Tuning at 12.5x50 on the embedded default, seed 0 (`python -m reproduce cases`).
+Which kind a token is goes by rule (`reproduce/cases.py`); the paper had a language model say it.
+"""
+PRUNED = "Rows with their pruned tokens: [as text](results/cases/pruned.md), [as HTML](results/cases/pruned.html)."
+SMALL = """## SmolLM2-135M on real rows
+
+`python -m reproduce smollm2 --preset small` : 1,280 rows (GSM8K and Alpaca, half each), LoRA with the paper's settings,
+one epoch (40 steps), scored by the paper's protocols. Intervals of single runs are over items.
+"""
+
+
+def page(tiny: Results | None, small: Results | None, folder: Path) -> str:
+    """The whole page; `folder` is that of figures/ and cases/."""
+    parts = [HEAD]
+    if tiny:
+        parts += [TINY, "### What holds here", answers(tiny), "### Where the kept samples come from", sources(tiny)]
+        for name in tiny.preset.experiments:
+            if name == "cases":  # one run, shown below
+                continue
+            parts += experiment_part(tiny, name, folder / "figures" / f"{name}.svg")
+    if (folder / "cases").exists():
+        rows = (folder / "cases" / "quadrants.md").read_text(encoding="utf-8").strip()
+        parts += [SELECTED, *selected_part(folder / "cases"), PRUNED, rows]
+    if small:
+        parts += [SMALL, score_table(small, "smollm2", "SmolLM2-135M") or ""]
+    if (folder / "cases-smollm2").exists():  # counts alone: the rows' texts are other people's
+        parts += ["### What was selected of it, Q-Tuning at 12.5x50", *selected_part(folder / "cases-smollm2")]
+    parts += ["## Table 6: what it saves", efficiency.table(read_json(RESULTS / "efficiency_smollm2.json"))]
+    return "\n\n".join(parts) + "\n"
+
+
+def experiment_part(results: Results, name: str, figure: Path | None = None) -> list[str]:
+    """An experiment's heading, its figure if that is there, and its tables; nothing where nothing of it has run."""
+    experiment = EXPERIMENTS[name]
+    tables = {model: score_table(results, name, model) for model in experiment.models or results.preset.sizes}
+    parts = [f"![{experiment.title}](results/figures/{figure.name})"] if figure and figure.exists() else []
+    parts += [
+        f"<details><summary>{model}, {experiment.data}</summary>\n\n{table}\n\n</details>"
+        for model, table in tables.items()
+        if table
+    ]
+    called = name.replace("table", "Table ").replace("figure", "Figure ")
+    return (
+        [f"### {called}: {experiment.title}" if called != name else f"### {experiment.title}", *parts] if parts else []
+    )
+
+
+def selected_part(folder: Path) -> list[str]:
+    pictures = [f"![{name}](results/{folder.name}/{name}.svg)" for name in ("plane", "tokens")]
+    return [*pictures, cases.token_table(read_json(folder / "tokens.json"))]
 
 
 def scores_table(results: dict) -> str:
     """One row a task and protocol: the score, then its further metrics (but the breakdowns), 95% intervals, time."""
-    head = ["", "protocol", "n", "score, 95 % interval", "further metrics", "seconds"]
-    lines = [head, ["---"] * len(head)]
-    for task, name in TASKS.items():
+    lines = [["", "protocol", "n", "score, 95 % interval", "further metrics", "seconds"]]
+    for task in ("arc_easy", "arc_challenge", "gsm8k", "squad", "triviaqa", "math"):
         for protocol in ("paper", "standard"):
             found = results[task].get(protocol)
             if found is None:
                 continue
             low, high = found["interval95"]
             further = {key: part for key, part in found.get("metrics", {}).items() if task != "math"}
-            line = [name, found["protocol"], str(found["n"])]
+            line = [TASKS[task], found["protocol"], str(found["n"])]
             line.append(f"{found['metric']} {found['score']:.1f} [{low:.1f}, {high:.1f}]")
             line.append(", ".join(f"{key} {part['score']:.1f}" for key, part in further.items()))
             lines.append([*line, f"{found['seconds']:.0f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="reproduce.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page; figures go into results/figures")
+    args = parser.parse_args(argv)
+    tiny, small = Results.read("tiny"), Results.read("small")
+    if tiny is None and small is None:
+        parser.error(f"{RESULTS}: expected tiny.json or small.json, got neither; `python -m reproduce` makes them")
+    (RESULTS / "figures").mkdir(exist_ok=True)
+    if tiny:
+        try:
+            figures.draw(tiny, RESULTS / "figures")
+        except ImportError:
+            print("reproduce.report: no matplotlib (the plot extra): the figures are left as they are", file=sys.stderr)
+    write_aside(args.out, page(tiny, small, RESULTS))
+    print(args.out)
 
 
 if __name__ == "__main__":
-    print(scores_table(read_json(RESULTS / "smollm2_scores.json")))
+    main()

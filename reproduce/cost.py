@@ -1,0 +1,47 @@
+"""What a run of the paper's preset should take: memory of a device, hours of all of them. For --dry-run.
+
+Memory is reproduce/memory.py's formula at the run's --pass-tokens. Hours are the FLOPs of reproduce/efficiency.py
+over what the devices give: PEAK FLOP/s each, of which a share UTILISATION is assumed; the tests of a run come on
+top. A token for every 4 bytes of the rows where they are there; else the rough figures below.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reproduce.efficiency import flops
+from reproduce.experiments import HERMES, MATH, WIZARD
+from reproduce.memory import MODELS, peak_bytes
+from reproduce.presets import Preset
+from reproduce.runs import Run, config_of
+
+PEAK, UTILISATION = 312e12, 0.35  # an A100 in bf16
+TOKENS_OF_ROWS = {WIZARD: 70_000 * 450, MATH: 262_000 * 220, HERMES: 1_001_000 * 380}
+ANSWER_SHARE = 0.75  # of a row's tokens
+SCORES_ALL = {"qtuning", "entropy"}  # sample pruners that score every row they see
+SCORES_KEPT = {"qtuning", "ppl-keep-low", "ppl-keep-high", "rho1", "fastv", "sparsevlm-text"}  # token pruners
+
+
+def estimate(preset: Preset, run: Run) -> tuple[float, float]:
+    """GiB of one device, hours of all: of a run's training."""
+    config, model = config_of(preset, run), MODELS[run.model]
+    path = Path(preset.data[run.data])
+    tokens = (path.stat().st_size / 4 if path.exists() else TOKENS_OF_ROWS[run.data]) * config.epochs
+    kept = 1.0 if config.sample_pruner == "none" else config.sample_keep_ratio
+    in_loss = 1.0 if config.token_pruner == "none" else config.token_keep_ratio
+    scored = 0.0
+    if config.sample_pruner in SCORES_ALL:
+        scored = tokens
+    elif config.token_pruner in SCORES_KEPT:
+        scored = tokens * kept
+    scored += tokens / config.epochs if config.sample_pruner == "infobatch" else 0
+    work = {
+        "tokens_scored": scored,
+        "tokens_trained": tokens * kept,
+        "answer_tokens_kept": tokens * kept * in_loss * ANSWER_SHARE,
+    }
+    tune, again = "lora" if config.lora_rank else "full", config.activation_checkpointing
+    seconds = flops(model, work, scored * ANSWER_SHARE, tune, again) / (PEAK * UTILISATION * preset.devices)
+    mode = tune + (", checkpointing" if again else "")
+    memory = max(peak_bytes(model, config.pass_tokens or 16_384, which, config.lora_rank) for which in (mode, "score"))
+    return memory / 2**30, seconds / 3600

@@ -1,0 +1,256 @@
+"""What the paper ran: every table and figure of scores, as rows of train.py's flags.
+
+A row is one run for every model and seed. A section is a budget, written as the paper writes it: 12.5x50 keeps
+12.5 % of the samples and 50 % of the tokens. Section and row names are those of paper.json. Which checkpoint,
+which rows and which further flags a name stands for is the preset's business (presets.py).
+
+Readings of names: PPL keeps the tokens of the lowest perplexity (B.3), Longest keeps the longest answers,
+SparseVLM is its text form, TokenCleaning ranks within a row; baselines.py has the other readings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Flags = tuple[str, ...]
+Sections = dict[str, dict[str, Flags | None]]  # section -> row -> flags; None: the model as it is, untuned
+
+SAMPLES = {
+    "Random": "random",
+    "Longest": "longest",
+    "InfoBatch": "infobatch",
+    "Entropy": "entropy",
+    "Alpagasus": "alpagasus",
+    "Deita": "deita",
+    "DS2": "ds2",
+    "LESS": "less",
+    "Q-Tuning": "qtuning",
+}
+TOKENS = {
+    "Random": "random",
+    "PPL": "ppl-keep-low",
+    "FastV": "fastv",
+    "SparseVLM": "sparsevlm-text",
+    "Rho-1": "rho1",
+    "TokenCleaning": "tokencleaning-row",
+    "Q-Tuning": "qtuning",
+}
+STRONGER = ("Alpagasus", "Deita", "DS2", "LESS")
+
+
+def row(sample: str, token: str, budget: str, *more: str) -> Flags:
+    """Flags of one run; 100 % of samples or tokens is no pruner at all."""
+    samples, tokens = (float(share) / 100 for share in budget.split("x"))
+    flags = ["--sample-pruner", SAMPLES[sample] if samples < 1 else "none"]
+    flags += ["--token-pruner", TOKENS[token] if tokens < 1 else "none"]
+    flags += ["--sample-keep-ratio", f"{samples:g}"] if samples < 1 else []
+    flags += ["--token-keep-ratio", f"{tokens:g}"] if tokens < 1 else []
+    flags += ["--prune-batch", "16"] if samples < 1 / 8 else []  # 6.25 % of 8 samples is none (choice C14)
+    return (*flags, *more)
+
+
+def qtuning(budget: str, *more: str) -> Flags:
+    return row("Q-Tuning", "Q-Tuning", budget, *more)
+
+
+ENDS: Sections = {"": {"Zero-Shot": None, "Full Dataset": row("Q-Tuning", "Q-Tuning", "100x100")}}
+
+
+def pairs(*budgets: str, samples=("Random", "Longest", "InfoBatch", "Entropy"), tokens=tuple(TOKENS)[:4]) -> Sections:
+    """Every sample pruner with every token pruner, and Q-Tuning, at each budget."""
+    found = {}
+    for budget in budgets:
+        rows = {f"{sample}-{token}": row(sample, token, budget) for sample in samples for token in tokens}
+        found[budget] = rows | {"Q-Tuning": qtuning(budget)}
+    return found
+
+
+def quadrants(*pruned: str) -> dict[str, Flags]:
+    """Rows named by what is pruned: samples of these quadrants | tokens of those. Q2 and Q4 are never dropped."""
+    rows = {}
+    for name in pruned:
+        samples, tokens = ([part[1:] for part in side.split()] for side in name.split("|"))
+        keep = [quadrant for quadrant in "1234" if quadrant not in samples]
+        flags = ["--keep-quadrants", ",".join(keep)] if keep != ["2", "4"] else []
+        flags += ["--trim-quadrants", ",".join(tokens)] if tokens != ["2"] else []
+        rows[name] = tuple(flags)
+    return rows
+
+
+def ablation(variants: dict[str, Flags], *budgets: str) -> Sections:
+    """Q-Tuning with further flags, at each budget."""
+    return {budget: {name: qtuning(budget, *flags) for name, flags in variants.items()} for budget in budgets}
+
+
+def strong_samples(*budgets: str) -> Sections:
+    found = {}
+    for budget in budgets:
+        found[budget] = {f"{sample}-Random": row(sample, "Random", budget) for sample in ("Random", *STRONGER)}
+        if not budget.endswith("x100"):
+            found[budget]["Q-Tuning"] = qtuning(budget)
+    return found
+
+
+def strong_tokens(*budgets: str) -> Sections:
+    found = {}
+    for budget in budgets:
+        found[budget] = {f"Random-{t}": row("Random", t, budget) for t in ("Random", "Rho-1", "TokenCleaning")}
+        if not budget.startswith("100x"):
+            found[budget]["Q-Tuning"] = qtuning(budget)
+    return found
+
+
+# Per-device batches of the authors' script came with a learning rate in proportion; `x2` is twice the preset's.
+BATCHES = {
+    "batch 8": (),
+    "batch 16": ("--micro-batch", "16", "--lr", "x2"),
+    "batch 32": ("--micro-batch", "32", "--lr", "x4"),
+}
+LAMBDAS = {f"lambda {s}": ("--smoothing", s) if s != "0.5" else () for s in ("0", "0.3", "0.5", "0.7", "1")}
+# Table 4 as its ticks are printed, and the combinations that its text and Table 15 speak of.
+QUADRANTS = quadrants("Q3 | Q2", "Q1 Q3 |", "Q1 Q3 | Q4", "Q1 Q3 | Q2", "Q1 Q3 | Q2 Q4")
+ONE_AXIS = {
+    **{
+        f"{share}x100": {
+            f"{sample}": row(sample, "Random", f"{share}x100") for sample in (*tuple(SAMPLES)[:4], "Q-Tuning")
+        }
+        for share in ("12.5", "25", "50")
+    },
+    **{
+        f"100x{share}": {f"{token}": row("Random", token, f"100x{share}") for token in (*tuple(TOKENS)[:4], "Q-Tuning")}
+        for share in ("50", "70")
+    },
+}
+CHOICES = {  # of ours, beside the default
+    "Q-Tuning": (),
+    "tokens leave the input (drop)": ("--token-pruning", "drop"),
+    "reversed": ("--reverse",),
+    "prune batch 16": ("--prune-batch", "16"),
+    "prune batch 32": ("--prune-batch", "32"),
+    "lambda 0": ("--smoothing", "0"),
+    "whole answers": ("--trim-quadrants", ""),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    title: str
+    models: tuple[str, ...]  # as the paper calls them; none: the preset's sizes
+    data: str
+    sections: Sections
+    table: str | None = None  # in paper.json; figures have no numbers there
+
+
+TWO, THREE = ("LLaMA2-7B", "Mistral-7B"), ("LLaMA3-8B", "Mistral-7B", "SmolLM2-1.7B")
+WIZARD, MATH, HERMES, SMALL = "WizardLM", "MathInstruct", "OpenHermes", "smollm2"
+BUDGETS = ("12.5x50", "12.5x70", "25x50", "25x70", "50x50", "50x70")
+MISTRAL, QWEN = ("Mistral-7B",), ("Qwen3-8B",)
+
+EXPERIMENTS = {
+    "table1": Experiment("Pairs of pruners, WizardLM", TWO, WIZARD, ENDS | pairs(BUDGETS[0]), "1"),
+    "table2": Experiment("Pairs of pruners, MathInstruct", THREE, MATH, ENDS | pairs(BUDGETS[2]), "2"),
+    "table3": Experiment(
+        "Extreme budgets",
+        MISTRAL,
+        WIZARD,
+        ENDS | {budget: {"Q-Tuning": qtuning(budget)} for budget in ("6.25x50", "6.25x70", "12.5x50", "12.5x70")},
+        "3",
+    ),
+    "table4": Experiment(
+        "Which quadrants are pruned, OpenHermes", QWEN, HERMES, ablation(QUADRANTS, "12.5x50", "25x50"), "4"
+    ),
+    "table5": Experiment(
+        "How Q2's tokens are chosen",
+        MISTRAL,
+        WIZARD,
+        {
+            "25x50": {
+                "Rho-1": row("Q-Tuning", "Rho-1", "25x50"),
+                "PPL, lambda 0": qtuning("25x50", "--smoothing", "0"),
+                "Reversed PPL": qtuning("25x50", "--reverse"),
+                "Q-Tuning": qtuning("25x50"),
+            }
+        },
+        "5",
+    ),
+    "table8": Experiment("Pairs of pruners, WizardLM, more budgets", TWO, WIZARD, ENDS | pairs(*BUDGETS[1:3]), "8"),
+    "table9": Experiment("Pairs of pruners, WizardLM, more budgets", TWO, WIZARD, ENDS | pairs(*BUDGETS[3:]), "9"),
+    "table10": Experiment("Pairs of pruners, OpenHermes", QWEN, HERMES, ENDS | pairs(*BUDGETS[:3]), "10"),
+    "table11": Experiment("Pairs of pruners, OpenHermes", QWEN, HERMES, ENDS | pairs(*BUDGETS[3:]), "11"),
+    "table12": Experiment(
+        "Pairs of pruners, MathInstruct, more budgets", THREE, MATH, ENDS | pairs(BUDGETS[3], BUDGETS[5]), "12"
+    ),
+    "table13": Experiment(
+        "Stronger sample pruners", TWO, WIZARD, ENDS | strong_samples("12.5x50", "12.5x100", "25x50", "25x100"), "13"
+    ),
+    "table14": Experiment(
+        "Stronger token pruners", TWO, WIZARD, ENDS | strong_tokens("12.5x50", "25x50", "100x50"), "14"
+    ),
+    "table15": Experiment(
+        "Which quadrants are pruned, WizardLM", TWO, WIZARD, ablation(QUADRANTS, "12.5x50", "25x50"), "15"
+    ),
+    "figure3": Experiment(
+        "Stronger pruners at 12.5x50",
+        TWO,
+        WIZARD,
+        ENDS | {"12.5x50": strong_samples("12.5x50")["12.5x50"] | strong_tokens("12.5x50")["12.5x50"]},
+    ),
+    "figure4": Experiment(
+        "Sizes of a model",
+        (),
+        HERMES,
+        ENDS | {budget: {"Q-Tuning": qtuning(budget)} for budget in BUDGETS[:2]},
+    ),
+    "figure5": Experiment(
+        "Batch size and lambda (and Figure 9)",
+        MISTRAL,
+        WIZARD,
+        ENDS | ablation(BATCHES | LAMBDAS, "25x50", "25x70", "50x70"),
+    ),
+    "figure6": Experiment("One axis alone", TWO, WIZARD, ENDS | ONE_AXIS),
+    "figure8": Experiment(  # the curves of these runs' held rows
+        "Held rows through training",
+        ("LLaMA2-7B",),
+        WIZARD,
+        ENDS
+        | {
+            "12.5x50": {name: row(name, "Random", "12.5x50") for name in tuple(SAMPLES)[:4]}
+            | {"Q-Tuning": qtuning("12.5x50")}
+        },
+    ),
+    "cases": Experiment(  # Figures 1, 2 and 7, Appendix E: what a run selected
+        "What is selected",
+        ("LLaMA2-7B",),
+        WIZARD,
+        {"12.5x50": {"Q-Tuning, logged": qtuning("12.5x50", "--log-selection")}},
+    ),
+    "choices": Experiment("Our choices", ("LLaMA2-7B",), WIZARD, ENDS | ablation(CHOICES, "12.5x50", "25x50")),
+    SMALL: Experiment(  # not in the paper: its method on the smallest real model
+        "SmolLM2-135M on real rows",
+        ("SmolLM2-135M",),
+        SMALL,
+        ENDS
+        | {
+            budget: {
+                "Random-Random": row("Random", "Random", budget),
+                "Entropy-Random": row("Entropy", "Random", budget),
+                "Q-Tuning": qtuning(budget, "--log-selection"),
+            }
+            for budget in ("12.5x50", "25x50")
+        },
+    ),
+    "pairings": Experiment(
+        "Every sample pruner with every token pruner",
+        ("LLaMA2-7B",),
+        WIZARD,
+        ENDS | pairs("12.5x50", samples=tuple(SAMPLES)[:8], tokens=tuple(TOKENS)[:6]),
+    ),
+}
+
+
+def rows(experiment: Experiment) -> Iterator[tuple[str, str, Flags | None]]:
+    """(section, row, flags) in order."""
+    for section, named in experiment.sections.items():
+        for name, flags in named.items():
+            yield section, name, flags

@@ -1,0 +1,204 @@
+"""What the names of experiments.py stand for: checkpoints, rows, settings and tests, at each scale.
+
+tiny   the embedded default, one epoch of it, on a CPU. Every model is the embedded one, its word problems stand for
+       MathInstruct, and the sizes of Figure 4 are bases of 1, 2 and 4 layers.
+small  SmolLM2-135M on 1,280 real rows (GSM8K and Alpaca), for a patient CPU: the experiment `smollm2`.
+paper  the paper's models, data and settings on 8 GPUs of 80 GiB. Settings are train.py's defaults, which are the
+       paper's; checkpoints are looked for in models/, rows and tests where data/download.py puts them, in data/.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import train
+from data.sft import read_rows
+from eval.gsm8k import ANNOTATION
+from reproduce.experiments import EXPERIMENTS, HERMES, MATH, SMALL, WIZARD, Flags
+from reproduce.quickstart import TINY, heldout_rows
+
+Test = tuple[str, Flags]  # a scorer of eval/, and its flags
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One scale; `models`, `data` and `tests` go by the paper's names."""
+
+    name: str
+    models: dict[str, Path]
+    data: dict[str, Path]
+    tests: dict[str, dict[str, Test]]  # data that a run is tuned on -> task -> scorer
+    settings: Flags  # of train.py, for every run
+    lr: float  # what `--lr x2` is twice of
+    held: Path  # rows whose loss, perplexity and entropy are followed through training
+    targets: tuple[Path, ...]  # LESS: rows of the kind that is wanted, a file for each
+    experiments: tuple[str, ...]
+    make_files: Callable[[Preset, set[str]], None]  # writes what is derived of the above, for runs of these models
+    sizes: tuple[str, ...] = ()  # the models of an experiment that compares sizes (Figure 4)
+    templates: dict[str, str] = field(default_factory=dict)  # model -> --template, where it is not the preset's
+    devices: int = 0  # that torchrun spreads a run over; 0: runs are spread over processes of this machine
+    keep_weights: bool = True
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [row for _, row in read_rows(path)]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train.write_aside(path, json.dumps(rows, ensure_ascii=False) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------- tiny
+
+PAPER_MODELS = ("LLaMA2-7B", "Mistral-7B", "LLaMA3-8B", "SmolLM2-1.7B", "Qwen3-8B")
+TINY_TESTS = {
+    "arc": ("eval.arc", ("--data", str(TINY / "arc_test.jsonl"))),
+    "gsm8k": ("eval.gsm8k", ("--data", str(TINY / "gsm8k_test.jsonl"), "--max-new-tokens", "96")),
+}
+
+
+def tiny(runs: Path) -> Preset:
+    rows = Path(train.TINY["data"])
+    return Preset(
+        name="tiny",
+        models={
+            **dict.fromkeys(("embedded", *PAPER_MODELS, "4-layer"), Path(train.TINY["model"])),
+            **{f"{layers}-layer": runs / f"{layers}-layer" / "base" for layers in (1, 2)},
+        },
+        sizes=("1-layer", "2-layer", "4-layer"),
+        data={WIZARD: rows, HERMES: rows, MATH: runs / "word-problems.json"},
+        tests={WIZARD: TINY_TESTS, HERMES: TINY_TESTS, MATH: {"gsm8k": TINY_TESTS["gsm8k"]}},
+        settings=("--lora-rank", "0", "--lr", str(train.TINY["lr"]), "--max-length", "512", "--epochs", "1"),
+        lr=train.TINY["lr"],
+        held=runs / "held.json",
+        targets=(runs / "target-problems.json", runs / "target-facts.json"),
+        experiments=tuple(name for name in EXPERIMENTS if name != SMALL),
+        make_files=make_tiny_files,
+        keep_weights=False,
+    )
+
+
+def make_tiny_files(preset: Preset, needed: set[str]) -> None:
+    """The word problems; 50 questions of each test with their right answers; 8 rows of each sort, planted as right;
+    the smaller bases, of the same world (ten minutes each)."""
+    rows = rows_of(preset.data[WIZARD])
+    write_rows(preset.data[MATH], [row for row in rows if row["input"]])
+    write_rows(preset.held, heldout_rows()[::6])
+    right = [row for row in random.Random(1).sample(rows, len(rows)) if row["kind"] == "clean"]
+    write_rows(preset.targets[0], [row for row in right if row["input"]][:8])
+    write_rows(preset.targets[1], [row for row in right if not row["input"]][:8])
+    for name in needed & set(preset.sizes):
+        base = preset.models[name]
+        if not base.exists():
+            layers = ["--layers", name[0]]
+            subprocess.run([sys.executable, str(TINY / "make.py"), "--out", str(base.parent), *layers], check=True)
+
+
+# ------------------------------------------------------------------------------------------------ small
+
+
+def small(runs: Path) -> Preset:
+    exemplars = ("--exemplars", "data/gsm8k/train.jsonl")
+    return Preset(
+        name="small",
+        models={"SmolLM2-135M": Path("models/SmolLM2-135M-Instruct")},
+        data={SMALL: runs / "mixed.json"},
+        tests={
+            SMALL: {
+                "arc_easy": ("eval.arc", ("--data", "data/arc/ARC-Easy-Dev.jsonl")),
+                "arc_challenge": ("eval.arc", ("--data", "data/arc/ARC-Challenge-Dev.jsonl")),
+                "gsm8k": (
+                    "eval.gsm8k",
+                    ("--data", "data/gsm8k/test.jsonl", *exemplars, "--limit", "50", "--max-new-tokens", "256"),
+                ),
+            }
+        },
+        settings=("--epochs", "1"),
+        lr=1e-4,
+        held=runs / "held.json",
+        targets=(),
+        experiments=(SMALL,),
+        make_files=make_small_files,
+    )
+
+
+def make_small_files(preset: Preset, needed: set[str]) -> None:
+    """640 rows of GSM8K's training split and 640 of Alpaca's; 50 others of each are held out."""
+    problems = [
+        {"id": f"gsm8k-{i}", "instruction": row["question"], "input": "", "output": ANNOTATION.sub("", row["answer"])}
+        for i, row in enumerate(rows_of(Path("data/gsm8k/train.jsonl")))
+    ]
+    answered = [row for row in rows_of(Path("data/alpaca.json")) if row["output"].strip()]
+    alpaca = [{"id": f"alpaca-{i}", **row} for i, row in enumerate(answered)]
+    draw, mixed, held = random.Random(0), [], []
+    for rows in (problems, alpaca):
+        taken = sorted(draw.sample(range(len(rows)), 640))
+        mixed += [rows[i] for i in taken]
+        held += random.Random(1).sample([row for i, row in enumerate(rows) if i not in set(taken)], 50)
+    write_rows(preset.data[SMALL], mixed)
+    write_rows(preset.held, held)
+
+
+# ------------------------------------------------------------------------------------------------ paper
+
+
+def paper(runs: Path) -> Preset:
+    models, data, exemplars = Path("models"), Path("data"), ("--exemplars", "data/gsm8k/train.jsonl")
+    arc_folder = data / "arc" / "ARC-V1-Feb2018-2"
+    tasks = {
+        "arc_easy": ("eval.arc", ("--data", str(arc_folder / "ARC-Easy" / "ARC-Easy-Dev.jsonl"))),
+        "arc_challenge": ("eval.arc", ("--data", str(arc_folder / "ARC-Challenge" / "ARC-Challenge-Dev.jsonl"))),
+        "gsm8k": ("eval.gsm8k", ("--data", "data/gsm8k/test.jsonl", *exemplars)),
+        "squad": ("eval.squad", ("--data", "data/squad/dev-v2.0.json")),
+        "triviaqa": ("eval.triviaqa", ("--data", "data/triviaqa/dev.jsonl")),
+    }
+    maths = {
+        "gsm8k": tasks["gsm8k"],
+        "math": ("eval.math", ("--data", "data/math/test.jsonl", "--exemplars", "data/math/train.jsonl")),
+    }
+    return Preset(
+        name="paper",
+        models={
+            "LLaMA2-7B": models / "Llama-2-7b-hf",
+            "Mistral-7B": models / "Mistral-7B-v0.1",
+            "LLaMA3-8B": models / "Meta-Llama-3-8B",
+            "SmolLM2-1.7B": models / "SmolLM2-1.7B",
+            **{f"Qwen3-{size}": models / f"Qwen3-{size}" for size in ("8B", "14B", "32B")},
+        },
+        templates={
+            **dict.fromkeys(("LLaMA3-8B", "SmolLM2-1.7B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B"), "default"),
+            "LLaMA2-7B": "llama2",
+            "Mistral-7B": "mistral",
+        },
+        sizes=("Qwen3-8B", "Qwen3-14B", "Qwen3-32B"),
+        data={
+            WIZARD: data / "wizard" / "WizardLM_evol_instruct_70k.json",
+            MATH: data / "mathinstruct" / "MathInstruct.json",
+            HERMES: data / "openhermes" / "openhermes2_5.json",
+        },
+        tests={WIZARD: tasks, HERMES: tasks, MATH: maths},
+        settings=("--activation-checkpointing", "--pass-tokens", "4096"),
+        lr=1e-4,
+        held=runs / "held.json",
+        targets=(runs / "targets.json",),
+        experiments=tuple(name for name in EXPERIMENTS if name not in (SMALL, "choices", "pairings")),
+        make_files=make_paper_files,
+        devices=8,
+    )
+
+
+def make_paper_files(preset: Preset, needed: set[str]) -> None:
+    """100 rows of WizardLM to follow; 8 of GSM8K's training split as LESS's targets."""
+    write_rows(preset.held, random.Random(0).sample(rows_of(preset.data[WIZARD]), 100))
+    rows = rows_of(Path("data/gsm8k/train.jsonl"))[:8]
+    write_rows(preset.targets[0], [{"prompt": row["question"], "response": row["answer"]} for row in rows])
+
+
+PRESETS = {"tiny": tiny, "small": small, "paper": paper}

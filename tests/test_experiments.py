@@ -1,0 +1,338 @@
+"""reproduce: experiments are the paper's, runs are known by what they compute, made once, and reported as they are."""
+
+import dataclasses
+import json
+import math
+import shlex
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from model import read_json
+from reproduce import __main__ as command_line
+from reproduce import noise, paper, presets, report, runs
+from reproduce.experiments import EXPERIMENTS, SMALL, WIZARD, qtuning, row, rows
+
+ROOT = Path("runs")
+PRESETS = {name: make(ROOT / name) for name, make in presets.PRESETS.items()}
+EVERY = [(preset, name) for preset in PRESETS.values() for name in preset.experiments]
+
+
+# ---------------------------------------------------------------------------------------- definitions
+
+
+@pytest.mark.parametrize("name", [name for name, experiment in EXPERIMENTS.items() if experiment.table])
+def test_an_experiment_has_the_rows_that_the_paper_prints(name):
+    experiment = EXPERIMENTS[name]
+    printed = {(model, section, label) for model, section, label, _ in paper.rows(experiment.table)}
+    missing = {(m["model"], m["section"], m["row"]) for m in paper.load()["missing"] if m["table"] == experiment.table}
+    ours = {(model, section, label) for model in experiment.models for section, label, _ in rows(experiment)}
+    assert printed <= ours
+    further = {label for _, _, label in ours - printed - missing}
+    quadrants = {"Q3 | Q2", "Q1 Q3 |", "Q1 Q3 | Q4", "Q1 Q3 | Q2", "Q1 Q3 | Q2 Q4"}
+    assert further <= {"4": quadrants, "15": quadrants, "13": {"Random-Random"}, "14": {"Random-Random"}}.get(
+        experiment.table, set()
+    )
+
+
+@pytest.mark.parametrize(("preset", "name"), EVERY, ids=lambda value: getattr(value, "name", value))
+def test_every_run_is_a_command_that_train_takes(preset, name):
+    for run in runs.runs_of(preset, EXPERIMENTS[name], 1):
+        if run.flags is not None:
+            module, argv = runs.train_command(preset, run, ROOT)
+            config = train.parse_config(argv)
+            assert (module, config.seed, config.eval_sets) == ("train", 0, f"rows={preset.held}")
+            needs = config.sample_pruner in train.SCORES_OF and train.SCORES_OF[config.sample_pruner]
+            needs = needs or config.token_pruner in ("rho1", *train.CLEANING_PRUNERS)
+            assert bool(config.scores) == bool(needs)
+            assert num_kept(config) >= 1
+
+
+def num_kept(config):
+    return (config.sample_keep_ratio * (config.prune_batch or config.micro_batch)) // 1
+
+
+def test_the_papers_preset_is_its_table_7():
+    config = runs.config_of(PRESETS["paper"], runs.Run("LLaMA2-7B", WIZARD, qtuning("12.5x50"), 0))
+    told = (config.smoothing, config.epochs, config.lora_rank, config.grad_accum, config.micro_batch, config.lr)
+    assert told == (0.5, 3, 8, 4, 8, 1e-4)
+    assert (config.max_length, config.sample_keep_ratio, config.token_keep_ratio) == (2048, 0.125, 0.5)
+
+
+def test_a_larger_batch_takes_a_learning_rate_in_proportion():
+    flags = EXPERIMENTS["figure5"].sections["25x50"]["batch 32"]
+    for preset in (PRESETS["tiny"], PRESETS["paper"]):
+        config = runs.config_of(preset, runs.Run("LLaMA2-7B", WIZARD, flags, 0))
+        assert (config.micro_batch, config.lr) == (32, pytest.approx(4 * preset.lr))
+
+
+# ------------------------------------------------------------------------------------------------ keys
+
+
+def test_a_run_is_known_by_what_it_computes_and_not_by_where_it_lies():
+    here, there = (presets.tiny(Path(root)) for root in ("a", "b/c"))
+    run = runs.run_of(here, "LLaMA2-7B", WIZARD, qtuning("12.5x50"), 0)
+    assert runs.key(here, run) == runs.key(there, run)
+    others = [
+        dataclasses.replace(run, seed=1),
+        dataclasses.replace(run, flags=qtuning("25x50")),
+        dataclasses.replace(run, flags=None),
+        dataclasses.replace(run, data="MathInstruct"),
+        dataclasses.replace(run, model="1-layer"),
+    ]
+    assert len({runs.key(here, other) for other in (run, *others)}) == 1 + len(others)
+    assert runs.key(dataclasses.replace(here, settings=("--lora-rank", "4")), run) != runs.key(here, run)
+    spelled = (*run.flags, "--smoothing", "0.5")  # the default, said aloud
+    assert runs.key(here, dataclasses.replace(run, flags=spelled)) == runs.key(here, run)
+
+
+def test_tables_share_their_runs():
+    tiny, of_paper = PRESETS["tiny"], PRESETS["paper"]
+    shared = {name: set(runs.runs_of(tiny, EXPERIMENTS[name], 3)) for name in ("table1", "table10", "table8")}
+    assert shared["table1"] < shared["table10"]  # one embedded model stands for all
+    assert len(shared["table1"] & shared["table8"]) == 4  # the untuned model, full data at 3 seeds
+    assert not set(runs.runs_of(of_paper, EXPERIMENTS["table1"], 1)) & set(
+        runs.runs_of(of_paper, EXPERIMENTS["table10"], 1)
+    )
+    assert sum(run.flags is None for run in shared["table1"]) == 1  # it has no seed
+
+
+# ------------------------------------------------------------------------------------------- one run
+
+
+@pytest.fixture
+def small_scale(tmp_path):
+    """Two steps of the embedded default, four items a test."""
+    preset = presets.tiny(tmp_path)
+    tests = {task: (module, (*flags, "--limit", "4")) for task, (module, flags) in presets.TINY_TESTS.items()}
+    settings = (*preset.settings, "--max-steps", "2")
+    return dataclasses.replace(preset, settings=settings, tests={WIZARD: tests, "OpenHermes": tests})
+
+
+def test_a_run_is_made_once_and_told_as_it_was(small_scale, tmp_path, monkeypatch):
+    small_scale.make_files(small_scale, set())
+    run = runs.run_of(small_scale, "LLaMA2-7B", WIZARD, qtuning("12.5x50"), 1)
+    made = runs.make(small_scale, run, tmp_path)
+    folder = tmp_path / runs.key(small_scale, run)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert (made["steps"], made["seed"], made["flags"]) == (2, 1, list(run.flags))
+    assert made["samples_kept"] == sum(m["samples_kept"] for m in metrics) == 8
+    assert made["held"]["rows_nll"] == [round(metrics[-1]["eval_rows_nll"], 5)]
+    for task in ("arc", "gsm8k"):
+        scored = read_json(folder / f"{task}.json")
+        assert (made["scores"][task], made["n"][task]) == (round(scored["score"], 4), 4)
+    assert not (folder / "model").exists()  # weights are not kept at this scale
+
+    monkeypatch.setattr(runs, "execute", lambda *args: pytest.fail("made again"))
+    assert runs.make(small_scale, run, tmp_path) == made
+
+
+def test_a_run_that_was_cut_goes_on(small_scale, tmp_path, monkeypatch):
+    small_scale.make_files(small_scale, set())
+    run = runs.run_of(small_scale, "LLaMA2-7B", WIZARD, row("Random", "Random", "12.5x50"), 0)
+    whole = runs.make(small_scale, run, tmp_path / "whole")
+
+    execute = runs.execute
+
+    def cut(preset, command, log):
+        if command[0] == "eval.gsm8k":
+            raise KeyboardInterrupt
+        execute(preset, command, log)
+
+    monkeypatch.setattr(runs, "execute", cut)
+    with pytest.raises(KeyboardInterrupt):
+        runs.make(small_scale, run, tmp_path / "cut")
+    trained = (tmp_path / "cut" / runs.key(small_scale, run) / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(runs, "execute", execute)
+    again = runs.make(small_scale, run, tmp_path / "cut")
+    assert (tmp_path / "cut" / runs.key(small_scale, run) / "metrics.jsonl").read_bytes() == trained
+    assert (again["scores"], again["held"]) == (whole["scores"], whole["held"])
+
+
+def test_the_untuned_model_is_step_0_of_every_curve(small_scale, tmp_path):
+    small_scale.make_files(small_scale, set())
+    made = runs.make(small_scale, runs.run_of(small_scale, "Qwen3-8B", WIZARD, None, 0), tmp_path)
+    assert made["held"]["step"] == [0]
+    assert 0 < made["held"]["rows_nll"][0] < 2
+    assert "steps" not in made
+
+
+def test_a_failing_run_says_where_and_why(small_scale, tmp_path):
+    missing = dataclasses.replace(small_scale, held=tmp_path / "nowhere.json")
+    run = runs.run_of(missing, "LLaMA2-7B", WIZARD, qtuning("12.5x50"), 0)
+    with pytest.raises(RuntimeError, match=r"train failed, see .*log\.txt: train\.py: .*nowhere\.json"):
+        runs.make(missing, run, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+
+def test_a_dry_run_prints_commands_that_parse_and_runs_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "run_all", lambda *args: pytest.fail("ran"))
+    argv = ["table5", "table14", "table6", "--preset", "paper", "--seeds", "1", "--runs", str(tmp_path), "--dry-run"]
+    command_line.main(argv)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("python -m reproduce.efficiency --model models/Llama-2-7b-hf ")
+    trained = [shlex.split(line) for line in lines if " train.py " in line]
+    for words in trained:
+        train.parse_config(words[words.index("train.py") + 1 :])
+    outs = [words[words.index("--out") + 1] for words in trained]
+    assert len(set(outs)) == len(outs)
+    assert sum("GiB a device" in line for line in lines) + 4 == len(trained)  # side files: two runs a model
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["table99"], "expected some of all, figure1, figure2, figure7, figure9, table6, table1,"),
+        ([SMALL], "preset tiny: expected some of"),
+        (["table1", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["smollm2", "--preset", "small"], "data/gsm8k/train.jsonl: no such file"),
+        (["table1", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_what_was_expected(argv, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(argv)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_are_added_to_those_that_stand_there(tmp_path):
+    out = tmp_path / "tiny.json"
+    for folder, seed, score in (("a", 0, 1.0), ("b", 1, 2.0), ("b", 0, 3.0)):
+        path = tmp_path / folder / str(seed) / "summary.json"
+        path.parent.mkdir(parents=True)
+        summary = {"model": "m", "data": "d", "flags": ["--x", ""], "seed": seed, "scores": {"arc": score}}
+        summary["machine"] = {"device_name": folder}
+        path.write_text(json.dumps(summary))
+    command_line.gather(tmp_path / "a", out)
+    command_line.gather(tmp_path / "b", out)
+    found = read_json(out)
+    assert [(run["seed"], run["scores"]["arc"]) for run in found["runs"]] == [(0, 3.0), (1, 2.0)]
+    assert [found["machines"][run["machine"]]["device_name"] for run in found["runs"]] == ["b", "b"]
+    assert shlex.split(found["runs"][0]["flags"]) == ["--x", ""]
+
+
+# ----------------------------------------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 6, 9, 10, 11, 15, 30, 100])
+def test_the_quantile_of_students_t_leaves_two_and_a_half_percent_above(freedom):
+    angle = numpy.linspace(0, math.atan(noise.t975(freedom) / math.sqrt(freedom)), 20_001)
+    inside = numpy.trapezoid(numpy.cos(angle) ** (freedom - 1), angle)  # t = sqrt(freedom) tan(angle)
+    whole = math.sqrt(math.pi) * math.gamma(freedom / 2) / math.gamma((freedom + 1) / 2) / 2
+    assert 0.5 + inside / whole / 2 == pytest.approx(0.975, abs=1e-4)
+
+
+scores = st.lists(st.floats(0, 100), min_size=2, max_size=6)
+
+
+@given(scores, st.floats(-50, 50))
+def test_intervals_do_not_move_with_the_level(values, shift):
+    moved = [value + shift for value in values]
+    assert noise.mean_margin(moved) == pytest.approx(noise.mean_margin(values), abs=1e-9)
+    assert noise.difference_margin(moved, values) == pytest.approx(noise.difference_margin(values, values), abs=1e-9)
+
+
+@given(scores, scores)
+def test_a_difference_is_as_uncertain_either_way_round(a, b):
+    assert noise.difference_margin(a, b) == pytest.approx(noise.difference_margin(b, a))
+
+
+def test_margins_of_hand_computed_values():
+    assert noise.mean_margin([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert noise.mean_margin([1.0]) is None
+    assert noise.difference_margin([1.0, 2.0, 3.0], [5.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert noise.difference_margin([1.0, 2.0, 3.0], [4.0, 4.0, 4.0]) == pytest.approx(2.776 * math.sqrt(0.5 * 2 / 3))
+    assert noise.difference_margin([1.0], [2.0]) is None
+    assert noise.proportions_margin((50.0, 100), (50.0, 100)) == pytest.approx(1.96 * math.sqrt(50))
+
+
+# ---------------------------------------------------------------------------------------------- report
+
+
+def result(flags, seed, gsm8k, held=0.2):
+    return {
+        "model": "embedded",
+        "data": WIZARD,
+        "flags": flags and shlex.join(flags),
+        "seed": seed,
+        "scores": {"arc": 50.0 + seed, "gsm8k": gsm8k},
+        "n": {"arc": 300, "gsm8k": 300},
+        "held": {"rows_nll": [1.0, held]},
+        "samples_seen": 80,
+        "samples_kept": 10,
+        "answer_tokens_seen": 100,
+        "answer_tokens_kept": 6,
+        **dict.fromkeys(("kept_q2", "kept_q4", "backfilled_q2"), 2),
+        "backfilled_q4": 4,
+    }
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    random, ours = row("Random", "Random", "12.5x50"), qtuning("12.5x50")
+    found = [result(None, 0, 31.0)]
+    found += [result(random, seed, score, 0.30) for seed, score in enumerate((40.0, 41.0, 42.0))]
+    found += [result(ours, seed, score, 0.25) for seed, score in enumerate((45.0, 46.0, 47.0))]
+    (tmp_path / "tiny.json").write_text(json.dumps({"preset": "tiny", "runs": found}))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    return report.Results.read("tiny")
+
+
+def test_a_table_shows_the_papers_score_ours_and_the_difference_of_the_gains(results):
+    table = report.score_table(results, "table1", "Mistral-7B")
+    lines = {line.split(" | ")[1]: line.strip("| ").split(" | ") for line in table.splitlines()[2:]}
+    assert set(lines) == {"Zero-Shot (reference)", "Random-Random (reference)", "Q-Tuning"}
+    head = table.splitlines()[0].strip("| ").split(" | ")
+    ours = dict(zip(head[8:13], lines["Q-Tuning"][8:13], strict=True))
+    assert ours == {
+        "GSM8K: paper": "29.34",
+        "gain": "+5.0",  # ours; the paper's +6.60 stands in the column of the same name before it
+        "GSM8K form: ours": "46.0 ± 2.5",
+        "difference": "-1.6 ~",
+    }
+    assert lines["Q-Tuning"][9] == "+6.60"
+    assert lines["Random-Random (reference)"][10] == "41.0 ± 2.5"
+
+
+def test_a_falling_loss_is_a_gain_and_what_seeds_could_have_done_is_called_noise(results):
+    ours, theirs = (
+        results.runs["embedded", WIZARD, f] for f in (qtuning("12.5x50"), row("Random", "Random", "12.5x50"))
+    )
+    assert report.gain(ours, theirs, "held").mean == pytest.approx(0.05)
+    assert not report.gain(ours, theirs, "gsm8k").is_noise()
+    assert report.gain(ours, theirs, "gsm8k").is_noise(expected=6.0)
+    assert report.gain(ours, theirs, "arc").is_noise()
+    told = report.answers(results)
+    assert (
+        "| Q-Tuning over random x random, 12.5x50 | +0.0 ± 2.3 | +5.0 ± 2.3 | +0.050 ± 0.000 | better on GSM8K form"
+        in told
+    )
+
+
+def test_sources_are_shares_of_what_was_kept(results):
+    assert "| 12.5x50 | 8 | 20 % | 20 % | 20 % | 40 % | 6.0 % |" in report.sources(results)
+
+
+def test_the_page_holds_what_there_is_and_nothing_else(results, tmp_path, monkeypatch):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "figure5.svg").touch()
+    monkeypatch.setattr(report.efficiency, "table", lambda found: "EFFICIENCY")
+    monkeypatch.setattr(report, "read_json", lambda path: {})
+    page = report.page(results, None, tmp_path)
+    assert "### Table 1: " in page
+    assert "### Figure 5: Batch size and lambda (and Figure 9)" in page
+    assert "(results/figures/figure5.svg)" in page
+    assert "### Table 5: " not in page
+    assert "## What is selected" not in page
+    assert "SmolLM2-135M on real rows" not in page
+    assert "EFFICIENCY" in page
