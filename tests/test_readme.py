@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import train
-from reproduce import compare, efficiency, growth, memory, packing, pairings, quickstart, report, selection
+from reproduce import choices, efficiency, growth, memory, packing, quickstart, report, selection
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +39,9 @@ def test_every_choice_has_its_row_and_every_row_a_test_that_exists():
     assert [name for name, _ in rows] == [f"C{i}" for i in range(1, 19)]
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     assert [test for _, test in rows if f"def {test}(" not in tests] == []
+    measured = dict(re.findall(r"^\| (C\d+) \|.*\| ([^|]*) \| `test_\w+` \|$", README, re.MULTILINE))
+    found = json.loads((RESULTS / "choices.json").read_text())
+    assert measured == {name: choices.cell(found, name) for name, _ in rows}
 
 
 def test_every_metric_is_in_the_glossary():
@@ -55,10 +58,12 @@ def test_its_tables_are_those_of_the_committed_results():
     tables = dict(re.findall(r"<!-- (\w+) -->\n(?:```text\n)?(.*?)(?:\n```)?\n<!-- end -->", README, re.DOTALL))
     shown = json.loads((RESULTS / "quickstart.json").read_text())
     assert tables["quickstart"].strip() == quickstart.report(shown).strip()
-    assert tables["compare"].strip() == compare.table(json.loads((RESULTS / "default.json").read_text())).strip()
+    tiny = report.Results.read("tiny")
+    assert tables["baseline"].strip() == report.baseline_table(tiny)
+    assert tables["answers"].strip() == report.answers(tiny)
+    assert tables["small"].strip() == report.score_table(report.Results.read("small"), "smollm2", "SmolLM2-135M")
+    assert tables["grid"].strip() == report.grid(tiny, "gsm8k")
     runs = [json.loads((RESULTS / f"smollm2_{data}.json").read_text()) for data in ("gsm8k", "alpaca")]
-    found, paper = json.loads((RESULTS / "pairings.json").read_text()), (pairings.PAPER_SAMPLES, pairings.PAPER_TOKENS)
-    assert tables["pairings"].strip() == pairings.tables(found, *paper).split("\n\n")[1]
     assert tables["efficiency"].strip() == efficiency.table(
         json.loads((RESULTS / "efficiency_smollm2.json").read_text())
     )
