@@ -7,6 +7,7 @@ top. A token for every 4 bytes of the rows where they are there; else the rough 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from reproduce.efficiency import flops
@@ -24,7 +25,7 @@ SCORES_KEPT = {"qtuning", "ppl-keep-low", "ppl-keep-high", "rho1", "fastv", "spa
 
 def estimate(preset: Preset, run: Run) -> tuple[float, float]:
     """GiB of one device, hours of all: of a run's training."""
-    config, model = config_of(preset, run), MODELS[run.model]
+    config = config_of(preset, run)
     path = Path(preset.data[run.data])
     tokens = (path.stat().st_size / 4 if path.exists() else TOKENS_OF_ROWS[run.data]) * config.epochs
     kept = 1.0 if config.sample_pruner == "none" else config.sample_keep_ratio
@@ -35,13 +36,19 @@ def estimate(preset: Preset, run: Run) -> tuple[float, float]:
     elif config.token_pruner in SCORES_KEPT:
         scored = tokens * kept
     scored += tokens / config.epochs if config.sample_pruner == "infobatch" else 0
-    work = {
-        "tokens_scored": scored,
-        "tokens_trained": tokens * kept,
-        "answer_tokens_kept": tokens * kept * in_loss * ANSWER_SHARE,
-    }
     tune, again = "lora" if config.lora_rank else "full", config.activation_checkpointing
-    seconds = flops(model, work, scored * ANSWER_SHARE, tune, again) / (PEAK * UTILISATION * preset.devices)
+    work = work_of(run.model, scored, tokens * kept, tokens * kept * in_loss * ANSWER_SHARE, tune, again)
     mode = tune + (", checkpointing" if again else "")
-    memory = max(peak_bytes(model, config.pass_tokens or 16_384, which, config.lora_rank) for which in (mode, "score"))
-    return memory / 2**30, seconds / 3600
+    memory = memory_of(run.model, config.pass_tokens or 16_384, mode, config.lora_rank)
+    return memory / 2**30, work / (PEAK * UTILISATION * preset.devices) / 3600
+
+
+@functools.cache  # many runs differ in nothing of this, and the models of memory.py take time to make
+def work_of(model: str, scored: float, trained: float, in_loss: float, tune: str, again: bool) -> float:
+    work = {"tokens_scored": scored, "tokens_trained": trained, "answer_tokens_kept": in_loss}
+    return flops(MODELS[model], work, scored * ANSWER_SHARE, tune, again)
+
+
+@functools.cache
+def memory_of(model: str, tokens: int, mode: str, lora_rank: int) -> int:
+    return max(peak_bytes(MODELS[model], tokens, which, lora_rank) for which in (mode, "score"))

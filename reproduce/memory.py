@@ -16,7 +16,6 @@ Not counted: what the allocator holds in reserve, and what CUDA and its librarie
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -60,7 +59,6 @@ MODELS = {  # the models that the paper tunes, and a small one to measure
 MODES = ("score", "lora, checkpointing", "lora", "full, checkpointing", "full")
 
 
-@functools.cache  # of a model with LoRA it takes a second
 def meta_model(cfg: ModelConfig, lora_rank: int = 0) -> Transformer:
     with torch.device("meta"):
         model = Transformer(cfg)
