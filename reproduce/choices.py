@@ -519,7 +519,7 @@ def describe(made: dict[str, list[dict]], shares: dict[str, dict[str, dict]], mo
         done = made.get(variant.slug, [])
         line["seeds"] = len(done)
         if done:
-            over = made[DEFAULT.slug][: len(done)]  # the same seeds; of one seed no interval is known
+            over = made[DEFAULT.slug][: len(done)]  # the same seeds
             gains = {task: gain(done, over, task) for task in TASKS}
             line["gains"] = {
                 t: {"mean": round(g.mean, 4), "margin": None if g.margin is None else round(g.margin, 4)}

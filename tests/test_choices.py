@@ -20,6 +20,7 @@ from data.tokenizer import TextTokenizer
 from model import Transformer, read_json
 from reproduce import choices
 from reproduce.choices import DEFAULT, VARIANTS, Log
+from reproduce.noise import proportions_margin
 
 BY_SLUG = {variant.slug: variant for variant in VARIANTS}
 SAME = {"samples": 0.0, "trimming": 0.0, "tokens": 0.0, "kept_over_target": 1.0}
@@ -317,7 +318,12 @@ def test_the_default_decides_on_a_record_what_the_run_itself_decided(checkpoint,
 
 def made_up(seed, gsm8k):
     held = {"rows_nll": [1.0, 0.5 + seed / 100]}
-    scores = {"scores": {"arc": 50.0 + seed, "gsm8k": gsm8k + seed}, "held": held, "machine": {"commit": "0"}}
+    scores = {
+        "scores": {"arc": 50.0 + seed, "gsm8k": gsm8k + seed},
+        "n": {"arc": 300, "gsm8k": 300},
+        "held": held,
+        "machine": {"commit": "0"},
+    }
     return {**scores, "samples_kept": 500, "answer_tokens_kept": 5000}
 
 
@@ -343,11 +349,13 @@ def test_results_have_a_row_a_variant_and_short_cells(log, tmp_path):
         choices.cell(results, "C19")
 
 
-def test_a_variant_of_one_seed_has_no_interval_however_many_the_default_has():
+def test_a_variant_of_one_seed_has_the_noise_of_the_tests_items_however_many_seeds_the_default_has():
     made = {DEFAULT.slug: [made_up(seed, 30.0) for seed in range(3)], "C1-to-0-5": [made_up(0, 31.0)]}
     line = choices.describe(made, {}, 0.0)["variants"][0]
-    assert line["gains"]["gsm8k"] == {"mean": 1.0, "margin": None}
-    assert choices.shown(line, "gsm8k") == "+1.0 ~"
+    of_items = round(proportions_margin((31.0, 300), (30.0, 300)), 4)
+    assert line["gains"]["gsm8k"] == {"mean": 1.0, "margin": of_items}
+    assert line["gains"]["held"]["margin"] is None
+    assert choices.shown(line, "gsm8k") == f"+1.0 ± {of_items:.1f} ~"
 
 
 def test_without_runs_there_are_shares_and_no_gains(log):
