@@ -1,7 +1,7 @@
 """Every table and figure of the paper, one command each.
 
     python -m reproduce table1 [figure8 ...] [--preset tiny]        run what is missing of it, print its table
-    python -m reproduce all                                        everything that the preset has
+    python -m reproduce all                                        everything that the preset has, but table6
     python -m reproduce table1 --preset paper --dry-run            the commands, and what they should take
     python -m reproduce table6                                     what it saves: reproduce/efficiency.py
 
@@ -76,8 +76,10 @@ def show(preset: Preset, todo: list[Run], root: Path) -> None:
 def run_all(preset: Preset, todo: list[Run], root: Path, jobs: int, save) -> list[str]:
     """Make every run, `jobs` at a time; side files before the runs that go by them. Returns what failed."""
     failed, every = [], 0.5 if sys.stderr.isatty() else 60
-    bar = tqdm(total=len(todo), desc=preset.name, unit="run", mininterval=every, smoothing=0)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with (
+        tqdm(total=len(todo), desc=preset.name, unit="run", mininterval=every, smoothing=0) as bar,
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+    ):
         waiting: dict[Path, list[Run]] = {}
         for run in todo:
             side = running.side_folder(run, root)
@@ -111,7 +113,6 @@ def run_all(preset: Preset, todo: list[Run], root: Path, jobs: int, save) -> lis
                 bar.set_postfix_str(time.strftime("ends %H:%M", time.localtime(time.time() + spent / bar.n * left)))
                 if bar.n % 20 == 0:
                     save()
-    bar.close()
     return failed
 
 
@@ -161,6 +162,9 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     try:
         failed = run(preset, names, args, root, out)
+    except BrokenExecutor:
+        print("reproduce: a worker was killed, for want of memory? The same command goes on; --jobs 1", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, OSError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         sys.exit(2)

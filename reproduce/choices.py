@@ -120,19 +120,12 @@ def interpolated() -> AbstractContextManager:
 
 
 def other_edges() -> AbstractContextManager:
+    """The plane turned by half: what was strict on the high side is then so on the low one."""
+    original, turned_back = qtuning.assign_quadrants, torch.tensor([0, 3, 4, 1, 2])
+
     def assign_quadrants(ppl: Tensor, ent: Tensor, cut: Thresholds) -> Tensor:
-        ppl_high, ppl_low, ent_high, ent_low = (
-            ppl >= cut.ppl_high,
-            ppl < cut.ppl_low,
-            ent >= cut.ent_high,
-            ent < cut.ent_low,
-        )
-        quadrant = torch.full_like(ppl, Quadrant.BETWEEN, dtype=torch.int64)
-        quadrant[ppl_high & ent_high] = Quadrant.HARMFUL_NOISE
-        quadrant[ppl_high & ent_low] = Quadrant.VALUABLE_MISCONCEPTION
-        quadrant[ppl_low & ent_low] = Quadrant.REDUNDANT_KNOWLEDGE
-        quadrant[ppl_low & ent_high] = Quadrant.CALIBRATION_DATA
-        return quadrant
+        low_and_high = (-cut.ppl_high, -cut.ppl_low, -cut.ent_high, -cut.ent_low)
+        return turned_back[original(-ppl, -ent, Thresholds(cut.alpha, cut.beta, *low_and_high))]
 
     return patch.multiple(qtuning, assign_quadrants=assign_quadrants)
 

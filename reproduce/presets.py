@@ -2,9 +2,12 @@
 
 tiny   the embedded default, one epoch of it, on a CPU. Every model is the embedded one, its word problems stand for
        MathInstruct, and the sizes of Figure 4 are bases of 1, 2 and 4 layers.
-small  SmolLM2-135M on 1,280 real rows (GSM8K and Alpaca), for a patient CPU: the experiment `smollm2`.
+small  SmolLM2-135M on 1,280 real rows, for a patient CPU: the experiment `smollm2`. Alpaca's rows are data/alpaca.json.
 paper  the paper's models, data and settings on 8 GPUs of 80 GiB. Settings are train.py's defaults, which are the
-       paper's; checkpoints are looked for in models/, rows and tests where data/download.py puts them, in data/.
+       paper's.
+
+Checkpoints are looked for in models/, rows and tests where `python -m data.download NAME --out data` puts them; but
+TriviaQA and MATH come as parquet, and are looked for as data/triviaqa/dev.jsonl, data/math/train.jsonl and test.jsonl.
 """
 
 from __future__ import annotations
@@ -41,13 +44,17 @@ class Preset:
     experiments: tuple[str, ...]
     make_files: Callable[[Preset, set[str]], None]  # writes what is derived of the above, for runs of these models
     sizes: tuple[str, ...] = ()  # the models of an experiment that compares sizes (Figure 4)
-    templates: dict[str, str] = field(default_factory=dict)  # model -> --template, where it is not the preset's
+    templates: dict[str, str] = field(default_factory=dict)  # model -> --template
     devices: int = 0  # that torchrun spreads a run over; 0: runs are spread over processes of this machine
     keep_weights: bool = True
 
 
 def rows_of(path: Path) -> list[dict]:
-    return [row for _, row in read_rows(path)]
+    rows = read_rows(path)
+    for line, row in rows:
+        if isinstance(row, ValueError):
+            raise ValueError(f"{path}:{line}: {row}")
+    return [row for _, row in rows]
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -101,23 +108,25 @@ def make_tiny_files(preset: Preset, needed: set[str]) -> None:
             subprocess.run([sys.executable, str(TINY / "make.py"), "--out", str(base.parent), *layers], check=True)
 
 
-# ------------------------------------------------------------------------------------------------ small
+# ------------------------------------------------------------------------------------- small and paper
+
+ARC = Path("data/arc/ARC-V1-Feb2018-2")  # as the archive unpacks
+ARC_TESTS = {
+    "arc_easy": ("eval.arc", ("--data", str(ARC / "ARC-Easy" / "ARC-Easy-Dev.jsonl"))),
+    "arc_challenge": ("eval.arc", ("--data", str(ARC / "ARC-Challenge" / "ARC-Challenge-Dev.jsonl"))),
+}
+GSM8K_TEST = ("--data", "data/gsm8k/test.jsonl", "--exemplars", "data/gsm8k/train.jsonl")
 
 
 def small(runs: Path) -> Preset:
-    exemplars = ("--exemplars", "data/gsm8k/train.jsonl")
     return Preset(
         name="small",
         models={"SmolLM2-135M": Path("models/SmolLM2-135M-Instruct")},
         data={SMALL: runs / "mixed.json"},
         tests={
             SMALL: {
-                "arc_easy": ("eval.arc", ("--data", "data/arc/ARC-Easy-Dev.jsonl")),
-                "arc_challenge": ("eval.arc", ("--data", "data/arc/ARC-Challenge-Dev.jsonl")),
-                "gsm8k": (
-                    "eval.gsm8k",
-                    ("--data", "data/gsm8k/test.jsonl", *exemplars, "--limit", "50", "--max-new-tokens", "256"),
-                ),
+                **ARC_TESTS,
+                "gsm8k": ("eval.gsm8k", (*GSM8K_TEST, "--limit", "50", "--max-new-tokens", "256")),
             }
         },
         settings=("--epochs", "1"),
@@ -146,16 +155,11 @@ def make_small_files(preset: Preset, needed: set[str]) -> None:
     write_rows(preset.held, held)
 
 
-# ------------------------------------------------------------------------------------------------ paper
-
-
 def paper(runs: Path) -> Preset:
-    models, data, exemplars = Path("models"), Path("data"), ("--exemplars", "data/gsm8k/train.jsonl")
-    arc_folder = data / "arc" / "ARC-V1-Feb2018-2"
+    models, data = Path("models"), Path("data")
     tasks = {
-        "arc_easy": ("eval.arc", ("--data", str(arc_folder / "ARC-Easy" / "ARC-Easy-Dev.jsonl"))),
-        "arc_challenge": ("eval.arc", ("--data", str(arc_folder / "ARC-Challenge" / "ARC-Challenge-Dev.jsonl"))),
-        "gsm8k": ("eval.gsm8k", ("--data", "data/gsm8k/test.jsonl", *exemplars)),
+        **ARC_TESTS,
+        "gsm8k": ("eval.gsm8k", GSM8K_TEST),
         "squad": ("eval.squad", ("--data", "data/squad/dev-v2.0.json")),
         "triviaqa": ("eval.triviaqa", ("--data", "data/triviaqa/dev.jsonl")),
     }
@@ -179,7 +183,7 @@ def paper(runs: Path) -> Preset:
         },
         sizes=("Qwen3-8B", "Qwen3-14B", "Qwen3-32B"),
         data={
-            WIZARD: data / "wizard" / "WizardLM_evol_instruct_70k.json",
+            WIZARD: data / "wizard" / "alpaca_evol_instruct_70k.json",
             MATH: data / "mathinstruct" / "MathInstruct.json",
             HERMES: data / "openhermes" / "openhermes2_5.json",
         },

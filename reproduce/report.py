@@ -41,14 +41,8 @@ PAIRED = {  # task -> the paper's
     "triviaqa": "TriviaQA",
     "math": "MATH",
 }
-REFERENCES = (
-    "Random-Random",
-    "Random",
-    "Q1 Q3 | Q2",
-    "batch 8",
-    "Q-Tuning",
-    "Zero-Shot",
-)  # the first that a section has
+# What a section's gains are over: the first of these rows that it has.
+REFERENCES = ("Random-Random", "Random", "Q1 Q3 | Q2", "batch 8", "Q-Tuning", "Zero-Shot")
 Values = list[float]  # one a seed
 
 
@@ -306,7 +300,8 @@ How to read a table: scores in percent and losses in nats a token are means over
 (Student's t), or of a single run the interval over the test's items. A *gain* is over the row marked (reference) of
 the same budget, or over full data where a budget has one row; of a loss it is the fall. *Difference* is our gain less
 the paper's: models, rows and tests differ, so that scores themselves do not compare. `~` marks what is within the
-noise. The paper's numbers are as it prints them; [`paper.json`](paper.json) lists its misprints.
+noise, and a loss of single runs, of which none is known. The paper's numbers are as it prints them;
+[`paper.json`](paper.json) lists its misprints.
 """
 TINY = """## The embedded default
 

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import shlex
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
+from data import download
 from model import read_json
 from reproduce import __main__ as command_line
 from reproduce import noise, paper, presets, report, runs
@@ -61,6 +64,20 @@ def test_the_papers_preset_is_its_table_7():
     told = (config.smoothing, config.epochs, config.lora_rank, config.grad_accum, config.micro_batch, config.lr)
     assert told == (0.5, 3, 8, 4, 8, 1e-4)
     assert (config.max_length, config.sample_keep_ratio, config.token_keep_ratio) == (2048, 0.125, 0.5)
+
+
+def test_rows_and_tests_are_looked_for_in_the_folders_that_the_download_fills():
+    for preset in (PRESETS["small"], PRESETS["paper"]):
+        flags = [flag for tests in preset.tests.values() for _, flags in tests.values() for flag in flags]
+        paths = [Path(flag) for flag in [*flags, *map(str, preset.data.values())] if flag.startswith("data/")]
+        assert paths
+        assert {path.parts[1] for path in paths} <= {*download.HUB, *download.WEB}
+
+
+def test_a_broken_row_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n{oops\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: "):
+        presets.rows_of(tmp_path / "rows.jsonl")
 
 
 def test_a_larger_batch_takes_a_learning_rate_in_proportion():
@@ -166,6 +183,72 @@ def test_a_failing_run_says_where_and_why(small_scale, tmp_path):
     run = runs.run_of(missing, "LLaMA2-7B", WIZARD, qtuning("12.5x50"), 0)
     with pytest.raises(RuntimeError, match=r"train failed, see .*log\.txt: train\.py: .*nowhere\.json"):
         runs.make(missing, run, tmp_path)
+
+
+# ------------------------------------------------------------------------------------ many runs at once
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Runs that only note in what order they were made, in threads; failing and dying ones by their seed."""
+    order = []
+
+    def make(preset, run, root):
+        order.append(run)
+        if run.seed == 7:
+            raise RuntimeError("train failed, see log.txt: why")
+        if run.seed == 9:
+            raise BrokenProcessPool("a process died")
+
+    def make_side_files(preset, run, root):
+        order.append(runs.side_folder(run, root))
+        if run.model == "embedded" and run.data == "MathInstruct":
+            raise RuntimeError("score_rows failed")
+
+    monkeypatch.setattr(command_line, "ProcessPoolExecutor", lambda jobs, *how: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(runs, "make", make)
+    monkeypatch.setattr(runs, "make_side_files", make_side_files)
+    return order
+
+
+def run_of(seed, token="Random", data=WIZARD):
+    return runs.Run("embedded", data, row("Random", token, "12.5x50"), seed)
+
+
+def test_side_files_come_before_the_runs_that_go_by_them_and_once(made):
+    todo = [run_of(0, "Rho-1"), run_of(0), run_of(1, "TokenCleaning"), run_of(1)]
+    assert command_line.run_all(PRESETS["tiny"], todo, ROOT, 2, lambda: None) == []
+    side = ROOT / "side-embedded-WizardLM"
+    assert sorted(map(str, made)) == sorted(map(str, [*todo, side]))
+    assert made.index(side) < min(made.index(todo[0]), made.index(todo[2]))
+
+
+def test_a_failing_run_is_told_and_the_others_go_on(made):
+    todo = [run_of(7), run_of(0, "Rho-1", "MathInstruct"), run_of(1), run_of(2)]
+    failed = command_line.run_all(PRESETS["tiny"], todo, ROOT, 1, lambda: None)
+    assert sorted(line.rpartition(": ")[0].partition(":")[0] for line in failed) == [
+        "embedded, WizardLM, seed 7",
+        "side files runs/side-embedded-MathInstruct",
+    ]
+    assert run_of(1) in made
+    assert run_of(2) in made
+    assert run_of(0, "Rho-1", "MathInstruct") not in made  # what it goes by is not there
+
+
+def test_results_are_saved_now_and_then(made):
+    saved = []
+    todo = [run_of(seed) for seed in range(100, 145)]
+    command_line.run_all(PRESETS["tiny"], todo, ROOT, 1, lambda: saved.append(len(made)))
+    assert len(saved) == 2
+
+
+def test_a_killed_worker_ends_in_one_line(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "plan", lambda *args: [run_of(9)])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["table1", "--runs", str(tmp_path), "--out", str(tmp_path / "out.json"), "--jobs", "1"])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("reproduce: a worker was killed")
 
 
 # ---------------------------------------------------------------------------------------- command line
