@@ -212,19 +212,18 @@ def rotary_frequencies(cfg: ModelConfig, device: torch.device | None = None) -> 
 
 
 def rotary(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles: (B, T), (d/2,) -> two (B, 1, T, d), fp32.
+    """cos and -+sin of each position's angles, as `rotate` takes them: (B, T), (d/2,) -> two (B, 1, T, d), fp32.
 
     At position p the pair (x_i, x_{i+d/2}) of every head is turned by p * frequencies[i].
     """
-    angles = position_ids.float()[..., None] * frequencies  # (B, T, d/2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, d): the same for every head
-    return angles.cos(), angles.sin()
+    angles = (position_ids.float()[..., None] * frequencies)[:, None]  # (B, 1, T, d/2): the same for every head
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each head's pairs (x_i, x_{i+d/2}) by their position's angle: (B, heads, T, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------- who attends to whom
@@ -659,9 +658,11 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # scaled here, where it is small
-        update = F.linear(low, self.lora_B.to(x.dtype))  # first: checkpointing then need not make W x again at the end
-        return update + F.linear(x, self.weight, self.bias)
+        rows = x.flatten(0, -2)
+        low = self.scale * F.linear(rows, self.lora_A.to(x.dtype))  # scaled here, where it is small
+        y = F.linear(low, self.lora_B.to(x.dtype), self.bias)  # first: checkpointing then need not make W x again
+        # In place: scoring is bound by memory here. It also goes without autocast's cast, so that is made by hand.
+        return y.addmm_(rows.to(y.dtype), self.weight.T.to(y.dtype)).unflatten(0, x.shape[:-1])
 
     def merged_weight(self) -> Tensor:
         """W + (alpha / rank) B A, summed in fp32 and rounded once to W's dtype."""
