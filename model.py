@@ -384,6 +384,16 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def replay(layer: nn.Module, known: Tensor, x: Tensor, *places) -> Tensor:
+    """layer(x, *places) whose value is known: the layer runs on the way back alone, for its gradients."""
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, *places) if torch.is_grad_enabled() else known  # `checkpoint` comes first without gradients
+
+    x = x if x.requires_grad else x.detach().requires_grad_()  # frozen embeddings: or checkpoint finds nothing to do
+    return checkpoint(run, x, use_reentrant=True, preserve_rng_state=False)
+
+
 class Transformer(nn.Module):
     """The decoder and its language-model head. Fresh weights are normal(0, 0.02); norms are ones."""
 
@@ -415,6 +425,8 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         lengths: list[int] | None = None,
+        outputs: list[Tensor] | None = None,
+        known: list[Tensor] | None = None,
     ) -> Tensor:
         """The last layer's normalised output, before the head: (B, T) -> (B, T, H).
 
@@ -426,13 +438,20 @@ class Transformer(nn.Module):
             cache:        attend to earlier tokens too, and remember these.
             lengths:      input_ids (1, N) is packed: rows of these lengths stand end to end, with positions from 0
                           each, and none sees another. No cache then.
+            outputs:      takes what each layer gives, (B, T, H); for a later pass with the same weights:
+            known:        what each layer gives for these input_ids. No layer is run then; each is made again from its
+                          input on the way back, as with activation_checkpointing.
         """
         x, *places = self._enter(input_ids, position_ids, cache, lengths)
-        for layer in self.model["layers"]:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+        for number, layer in enumerate(self.model["layers"]):
+            if known is not None:
+                x = replay(layer, known[number], x, *places)
+            elif self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, *places, use_reentrant=False)
             else:
                 x = layer(x, *places)
+            if outputs is not None:
+                outputs.append(x)
         return self.model["norm"](x)
 
     def _enter(self, input_ids, position_ids=None, cache=None, lengths=None) -> tuple[Tensor, Tensor, Tensor, Attend]:

@@ -163,11 +163,20 @@ class TokenLoss(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, lengths: list[int], token_weights: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        lengths: list[int],
+        token_weights: Tensor | None = None,
+        known: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Of what `pack` returns, and token_weights (A,) (1 each when None): the sum, and the NLLs (A,)."""
+        """Of what `pack` returns, and token_weights (A,) (1 each when None): the sum, and the NLLs (A,).
+
+        known: each layer's output (N, H) where `score` has left it, for `Transformer.hidden_states`.
+        """
         kept = labels != IGNORE_INDEX
-        hidden = self.model.hidden_states(input_ids, lengths=lengths)[0, kept]
+        known = known and [output[None] for output in known]
+        hidden = self.model.hidden_states(input_ids, lengths=lengths, known=known)[0, kept]
         if token_weights is None:
             token_weights = torch.ones(len(hidden), device=hidden.device)
         return HeadLoss.apply(hidden, self.model.lm_head.weight, labels[kept], token_weights)
@@ -177,9 +186,17 @@ class TokenLoss(nn.Module):
 
 
 @torch.no_grad()
-def score(model: Transformer, samples: Sequence[Sample], pass_tokens: int, autocast) -> tuple[Tensor, Tensor, Tensor]:
+def score(
+    model: Transformer,
+    samples: Sequence[Sample],
+    pass_tokens: int,
+    autocast,
+    outputs: dict[int, list[Tensor]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """NLL and predictive entropy of every answer token, with the current weights (choice C18).
 
+    Args:
+        outputs: takes what every layer gave for sample i, (len(input_ids) - 1, H) each: views of what a pass left.
     Returns:
         nll, token_entropy (B, T) float32 and loss_mask (B, T) bool on the CPU; column t belongs to the token after
         input_ids[t].
@@ -191,9 +208,13 @@ def score(model: Transformer, samples: Sequence[Sample], pass_tokens: int, autoc
     for group in groups:
         input_ids, labels, lengths = pack([samples[i] for i in group], device)
         trainable = labels != IGNORE_INDEX
+        of_layers = None if outputs is None else []
         with autocast:
-            hidden = model.hidden_states(input_ids, lengths=lengths)[0, trainable]
+            hidden = model.hidden_states(input_ids, lengths=lengths, outputs=of_layers)[0, trainable]
             parts.append(torch.stack(head_nll_and_entropy(hidden, weight, labels[trainable])))
+        if outputs is not None:
+            of_rows = zip(*(output[0].split(lengths) for output in of_layers), strict=True)
+            outputs.update(zip(group, of_rows, strict=True))
     model.train()
 
     T = max(len(s.input_ids) for s in samples) - 1

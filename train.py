@@ -80,6 +80,7 @@ SCORES_OF = {  # sample pruners that choose their rows once, and what they go by
     "less": ("less",),
 }
 SAMPLE_PRUNERS = ("qtuning", "random", "none", "entropy", "infobatch", "infobatch-official", *SCORES_OF)
+SCORING_PRUNERS = ("qtuning", "entropy")  # of samples; they score every row of a step
 NLL_PRUNERS, ATTENTION_PRUNERS = ("qtuning", "ppl-keep-low", "ppl-keep-high", "rho1"), ("fastv", "sparsevlm-text")
 CLEANING_PRUNERS = ("tokencleaning-row", "tokencleaning-global")
 TOKEN_PRUNERS = ("qtuning", "random", "none", *NLL_PRUNERS[1:], *ATTENTION_PRUNERS, *CLEANING_PRUNERS)
@@ -124,6 +125,7 @@ class Config:
     lr: float = flag(1e-4, "peak learning rate, cosine to 0")
     lora_rank: int = flag(8, "rank of the LoRA updates (alpha is twice that); 0: full fine-tuning")
     activation_checkpointing: bool = flag(False, "keep only the layers' inputs for the backward pass: slower, smaller")
+    reuse_forward: bool = flag(False, "with it, and `mask`: train on the layer outputs that the scoring pass left")
     max_length: int = flag(2048, "tokens of a row at most, the rest is cut")
     template: str = flag("auto", "chat template; auto: the tokenizer's own, else 'default'")
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
@@ -152,6 +154,11 @@ class Config:
             named = getattr(self, name).split(",") if getattr(self, name) else []
             ok = len(named) == len(set(named)) >= least and set(named) <= set("1234")
             check(name, ok, f"{'one or more' if least else 'any'} of 1,2,3,4, none of them twice")
+        if self.reuse_forward:
+            exact = self.reuse_scores == 1 and not self.score_bf16
+            scored = self.sample_pruner in SCORING_PRUNERS or self.token_pruner in NLL_PRUNERS
+            fits = self.activation_checkpointing and self.token_pruning == "mask" and exact and scored
+            check("reuse_forward", fits, "with --activation-checkpointing, --token-pruning mask and exact scores")
         check("max_length", self.max_length >= 2, "at least 2")
         check("lora_rank", self.lora_rank >= 0, "at least 0")
         check("epochs", 0 < self.epochs < math.inf, "above 0")
@@ -572,6 +579,7 @@ def open_run(cfg: Config, description: dict) -> Path | None:
             "grad_accum",
             "pass_tokens",
             "activation_checkpointing",
+            "reuse_forward",
             "eval_every",
             "eval_sets",
             "eval_limit",
@@ -696,8 +704,10 @@ def train(cfg: Config) -> None:
         # Stage 1. Every rank sees every sample's score, and so makes the same choice.
         memory = memory if cfg.reuse_scores > 1 else {}
         scores, passed, ppl, ent, agreement = {}, [], None, None, {}
-        if cfg.sample_pruner in ("qtuning", "entropy"):
-            scores, passed = row_scores(order, memory, cfg, model, samples, rank, world, score_autocast)
+        outputs = {}  # with --reuse-forward: of the layers, for each row that this rank scored
+        keep_outputs = outputs if cfg.reuse_forward else None
+        if cfg.sample_pruner in SCORING_PRUNERS:
+            scores, passed = row_scores(order, memory, cfg, model, samples, rank, world, score_autocast, keep_outputs)
             ppl, ent = on_plane(scores, order)
         scored = time.perf_counter()
         if pool.row_loss is not None or cfg.sample_pruner in SCORES_OF:
@@ -715,7 +725,7 @@ def train(cfg: Config) -> None:
         trimmed = [place for place in kept_places if trim[place]]
         rows, attention = list(dict.fromkeys(order[place] for place in trimmed)), {}
         if cfg.token_pruner in NLL_PRUNERS and ppl is None:
-            scores, passed = row_scores(rows, memory, cfg, model, samples, rank, world, score_autocast)
+            scores, passed = row_scores(rows, memory, cfg, model, samples, rank, world, score_autocast, keep_outputs)
         if cfg.token_pruner in ATTENTION_PRUNERS:
             attention = row_attention(rows, cfg, model, samples, rank, world, autocast)
             passed = [*passed, *rows]
@@ -739,17 +749,26 @@ def train(cfg: Config) -> None:
         trained = [place for place in kept_places if bool(kept_tokens[place].any())]
         short = [pruned_sample(samples[order[place]], kept_tokens[place], cfg.token_pruning) for place in trained]
         mine = share([len(sample.input_ids) for sample in short], world)[rank]
-        groups = packs([len(short[i].input_ids) - 1 for i in mine], cfg.pass_tokens) or [[]]
+        # Of the layers' outputs, copies of the kept rows', so that the rest is freed.
+        known_rows = {i: outputs[order[trained[i]]] for i in mine if order[trained[i]] in outputs}
+        known_rows = {i: [output.clone() for output in of_layers] for i, of_layers in known_rows.items()}
+        outputs.clear()
+        batches = []
+        for part in ([i for i in mine if i in known_rows], [i for i in mine if i not in known_rows]):
+            groups = packs([len(short[i].input_ids) - 1 for i in part], cfg.pass_tokens)
+            batches += [[part[i] for i in group] for group in groups]
         loss_sum, seen_losses = torch.zeros((), device=device), []
-        for number, group in enumerate(groups, start=1):
-            batch = [mine[i] for i in group]
+        for number, batch in enumerate(batches or [[]], start=1):
+            known = None
+            if batch and batch[0] in known_rows:
+                known = [torch.cat(parts) for parts in zip(*(known_rows.pop(i) for i in batch), strict=True)]
             counts = [int(kept_tokens[trained[i]].sum()) for i in batch]
             row_weights = torch.tensor([weights[trained[i]] for i in batch])
             token_weights = row_weights.repeat_interleave(torch.tensor(counts, dtype=torch.long)).to(device)
-            waits = world > 1 and number < len(groups)  # ranks exchange gradients once a step, on the last pass
+            waits = world > 1 and number < len(batches)  # ranks exchange gradients once a step, on the last pass
             with token_loss.no_sync() if waits else nullcontext():
                 with autocast:
-                    loss, nll = token_loss(*pack([short[i] for i in batch] or [NOTHING], device), token_weights)
+                    loss, nll = token_loss(*pack([short[i] for i in batch] or [NOTHING], device), token_weights, known)
                 (loss * (world / max(num_kept, 1))).backward()  # DDP takes the mean over ranks
             loss_sum += loss.detach()
             if pool.row_loss is not None:
@@ -826,14 +845,20 @@ class RowScores:
     visits: int = 0
 
 
-def row_scores(rows, memory, cfg, model, samples, rank, world, autocast) -> tuple[dict[int, RowScores], list[int]]:
+def row_scores(
+    rows, memory, cfg, model, samples, rank, world, autocast, outputs: dict[int, list[Tensor]] | None = None
+) -> tuple[dict[int, RowScores], list[int]]:
     """The scores of these rows on every rank, by row, in `memory`: those that it lacks, or that served often enough,
-    anew. Also returns which these were."""
+    anew. Also returns which these were. `outputs` takes, by row, what the layers gave for those that this rank scored.
+    """
     stale = [row for row in dict.fromkeys(rows) if row not in memory or memory[row].visits >= cfg.reuse_scores]
     mine = [stale[i] for i in share([len(samples[row].input_ids) for row in stale], world)[rank]]
     found = []
     if mine:
-        nll, entropy, loss_mask = score(model, [samples[row] for row in mine], cfg.pass_tokens, autocast)
+        of_layers = None if outputs is None else {}
+        nll, entropy, loss_mask = score(model, [samples[row] for row in mine], cfg.pass_tokens, autocast, of_layers)
+        if outputs is not None:
+            outputs.update((mine[i], of_row) for i, of_row in of_layers.items())
         ppl, ent = sample_perplexity(nll, loss_mask).tolist(), sample_entropy(entropy, loss_mask).tolist()
         found = [(row, RowScores(ppl[i], ent[i], nll[i, loss_mask[i]])) for i, row in enumerate(mine)]
     memory.update(gather_lists(found, world))

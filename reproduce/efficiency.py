@@ -5,16 +5,17 @@
     python -m reproduce.efficiency --table FILE.json                    print the table of a result file, run nothing
 
 Every cell is `python train.py` on the same rows in the same order: full data; Q-Tuning at 12.5, 25 and 50 % of samples
-x 50 % of tokens, pruned tokens masked or dropped; and random at the same ratios, which scores nothing: the rival at
-equal time. A round runs all cells once, for a few steps; the first step of a run is not counted (it warms up), the
-others of all rounds are, and their median is the cell's. So what shares the machine slows all cells alike. The
-share of a cell is its seconds over those of our own full run, which is packed and without full logits as well.
+x 50 % of tokens, pruned tokens masked or dropped, and under activation checkpointing with the scoring pass's forward
+reused; and random at the same ratios, which scores nothing: the rival at equal time. A round runs all cells once, for
+a few steps; the first step of a run is not counted (it warms up), the others of all rounds are, and their median is
+the cell's. So what shares the machine slows all cells alike. The share of a cell is its seconds over those of our own
+full run, which is packed and without full logits as well.
 
 FLOPs are those of the linear layers: 2 a weight and token forward, as much again for the gradient of the input,
-and of the weight where it trains, once more forward under activation checkpointing; the head's on answer tokens
-alone. (Attention's own products are under a twentieth of that up to 2048 tokens of a 7B model.) The bound is
-their ratio to the full run's: what the seconds would be if every FLOP cost the same. `matmul` is the rate of a large
-square product here, measured in each round.
+and of the weight where it trains, once more forward under activation checkpointing, unless scoring's is reused; the
+head's on answer tokens alone. (Attention's own products are under a twentieth of that up to 2048 tokens of a 7B model.)
+The bound is their ratio to the full run's: what the seconds would be if every FLOP cost the same. `matmul` is the rate
+of a large square product here, measured in each round.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def cells(tuning: list[str], checkpointing: list[str]) -> dict[tuple, list[str]]
                 at = [*flags, "--sample-keep-ratio", str(ratio), "--token-keep-ratio", "0.5"]
                 found[tune, again, "Q-Tuning, mask", ratio] = at
                 found[tune, again, "Q-Tuning, drop", ratio] = [*at, "--token-pruning", "drop"]
+                if again == "on":
+                    found[tune, again, "Q-Tuning, mask, reused", ratio] = [*at, "--reuse-forward"]
                 rival = ["--sample-pruner", "random", "--token-pruner", "random"]
                 found[tune, again, "random, mask", ratio] = [*at, *rival]
     return found
@@ -88,13 +91,13 @@ def matmul_rate(dtype: torch.dtype, device: str, size: int = 2048, times: int = 
     return best
 
 
-def flops(cfg: ModelConfig, metrics: dict, scored_answers: int, tune: str, checkpointing: bool) -> float:
-    """FLOPs of the linear layers in one step; see the head of this file."""
+def flops(cfg: ModelConfig, metrics: dict, scored_answers: int, tune: str, twice: bool) -> float:
+    """FLOPs of the linear layers in one step, in which trained tokens pass forward twice or once."""
     layers = sum(p.numel() for p in meta_model(cfg).model["layers"].parameters() if p.dim() == 2)
     head = cfg.vocab_size * cfg.hidden_size
     products = 2 if tune == "lora" else 3
     trained = products * layers
-    if checkpointing:  # a layer is made again up to its last product, which nothing needs
+    if twice:  # a layer is made again up to its last product, which nothing needs
         trained += layers - cfg.num_hidden_layers * cfg.hidden_size * cfg.intermediate_size
     stack = layers * metrics["tokens_scored"] + trained * metrics["tokens_trained"]
     return 2 * (stack + head * (scored_answers + products * metrics["answer_tokens_kept"]))
@@ -119,10 +122,10 @@ def measure(args: argparse.Namespace) -> dict:
     for cell, metrics in steps.items():
         tune, again, method, ratio = cell
         full = steps[tune, again, "full", 1.0]
-        scores = method.startswith("Q-Tuning")
+        scores, twice = method.startswith("Q-Tuning"), again == "on" and not method.endswith("reused")
         work, of_full = (
-            sum(flops(cfg, m, m["answer_tokens_seen"] * scored, tune, again == "on") for m in some)
-            for some, scored in ((metrics, scores), (full, False))
+            sum(flops(cfg, m, m["answer_tokens_seen"] * scored, tune, passes_twice) for m in some)
+            for some, scored, passes_twice in ((metrics, scores, twice), (full, False, again == "on"))
         )
         seconds = [m["score_s"] + m["train_s"] for m in metrics]
         median, full_median = statistics.median(seconds), statistics.median([m["train_s"] + m["score_s"] for m in full])

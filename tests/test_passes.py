@@ -46,6 +46,13 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+def assert_same_gradients(a, b):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + 2e-5, name
+
+
 # ------------------------------------------------------------------------------------------ packed rows
 
 
@@ -72,10 +79,30 @@ def test_the_packed_loss_has_the_gradients_of_rows_one_by_one(family, rows, lora
         expected = expected + F.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum")
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    for (name, p), q in zip(packed.named_parameters(), plain.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        if p.grad is not None:
-            assert (p.grad - q.grad).norm() <= 2e-5 * q.grad.norm() + 2e-5, name
+    assert_same_gradients(packed, plain)
+
+
+@given(st.sampled_from(list(FAMILIES)), samples(), st.booleans(), st.data())
+@settings(max_examples=20)
+def test_rows_trained_on_what_scoring_left_have_the_gradients_of_a_forward_of_their_own(family, rows, lora, data):
+    make = lora_model if lora else small_model
+    reused, plain = make(**FAMILIES[family]), make(**FAMILIES[family])
+    outputs = {}
+    passes.score(reused, rows, data.draw(st.sampled_from([1, 15, 1000])), nullcontext(), outputs)
+    kept = data.draw(st.lists(st.sampled_from(range(len(rows))), min_size=1, unique=True))
+    known = [torch.cat(parts) for parts in zip(*(outputs[i] for i in kept), strict=True)]
+    batch = passes.pack([rows[i] for i in kept], "cpu")
+    calls = []
+    for layer in reused.model["layers"]:
+        layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    loss, nll = passes.TokenLoss(reused)(*batch, known=known)
+    assert not calls  # the way forward is there already
+    loss.backward()
+    assert calls == [True] * len(known)
+    expected, expected_nll = passes.TokenLoss(plain)(*batch)
+    expected.backward()
+    torch.testing.assert_close(nll, expected_nll, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(reused, plain)
 
 
 @pytest.mark.parametrize("signature", ["torch 2.11", "torch 2.13"])

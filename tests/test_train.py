@@ -153,6 +153,22 @@ def test_activation_checkpointing_changes_nothing(checkpoint, rows, tmp_path):
     assert_same_weights(tmp_path / "plain", tmp_path / "again", rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("lora_rank", ["0", "4"])
+def test_training_on_what_scoring_left_changes_nothing_and_on_two_ranks_neither(checkpoint, rows, tmp_path, lora_rank):
+    again = ["--activation-checkpointing", "--max-steps", "2", "--log-selection", "--lora-rank", lora_rank]
+    plain = run(checkpoint, rows, tmp_path / "plain", *again)
+    reused = run(checkpoint, rows, tmp_path / "reused", *again, "--reuse-forward", "--pass-tokens", "120")
+    two = [*again, "--grad-accum", "2", "--reuse-forward"]
+    ranks = run(checkpoint, rows, tmp_path / "ranks", *two, ranks=2)
+    for metrics, name in ((reused, "reused"), (ranks, "ranks")):
+        assert kept_ids(tmp_path / "plain") == kept_ids(tmp_path / name)
+        assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in plain], rel=1e-5)
+        assert [m["grad_norm"] for m in metrics] == pytest.approx([m["grad_norm"] for m in plain], rel=1e-4)
+    if lora_rank == "0":
+        assert_same_weights(tmp_path / "plain", tmp_path / "reused", rtol=1e-3, atol=2e-4)
+        assert_same_weights(tmp_path / "plain", tmp_path / "ranks", rtol=1e-3, atol=2e-4)
+
+
 def scored_from_scratch(model, samples):
     """rows_nll, rows_ppl and rows_ent, row by row from full logits."""
     nlls, ppls, ents = [], [], []
@@ -540,6 +556,9 @@ def refused(capsys, *argv):
         (["--keep-quadrants", ""], "--keep-quadrants must be one or more of 1,2,3,4, none of them twice, got"),
         (["--keep-quadrants", "2,5"], "--keep-quadrants must be one or more of 1,2,3,4, none of them twice, got 2,5"),
         (["--trim-quadrants", "2,2"], "--trim-quadrants must be any of 1,2,3,4, none of them twice, got 2,2"),
+        (["--reuse-forward"], "--reuse-forward must be with --activation-checkpointing, --token-pruning mask and"),
+        (["--reuse-forward", "--activation-checkpointing", "--token-pruning", "drop"], "--reuse-forward must be with"),
+        (["--reuse-forward", "--activation-checkpointing", "--reuse-scores", "2"], "--reuse-forward must be with"),
         (["--prune-batch", 12], "--prune-batch must be a multiple of --micro-batch 8, at most the 32"),
         (["--prune-batch", 64], "at most the 32 samples of a step, got 64"),
         (["--epochs", 0.5], "0.5 epochs of 40 rows do not fill one step of 32 samples"),
