@@ -118,8 +118,7 @@ def quantile(values: Tensor, gamma: float) -> Tensor:
     _check_fraction("gamma", gamma)
     if values.dim() != 1 or len(values) == 0:
         raise ValueError(f"values must be (N,), N >= 1, got {tuple(values.shape)}")
-    rank = math.ceil(gamma * len(values) - ROUNDING)
-    return values.sort().values[max(rank, 1) - 1]
+    return values.sort().values[_rank(gamma, len(values)) - 1]
 
 
 @dataclass(frozen=True)
@@ -208,12 +207,15 @@ def bisect_thresholds(
         raise ValueError("keep_quadrants must name one quadrant at least, got none")
     _check_quadrants("keep_quadrants", keep_quadrants)
     ppl, ent = ppl.cpu(), ent.cpu()  # one copy from a GPU, not a wait in every halving
+    num_kept = {}  # at the quantiles' ranks: alpha matters through these alone, and most halvings cut as one before
     low, high = 0.0, upper  # alpha_low = beta_low, alpha_high = beta_high
     for _ in range(max_iters):
         alpha = (low + high) / 2
-        quadrant = assign_quadrants(ppl, ent, thresholds_at(ppl, ent, alpha, alpha))
-        num_kept = int(_in_any(quadrant, keep_quadrants).sum())
-        if num_kept > num_keep:  # Eq. (6): too many kept, tighten
+        ranks = _rank(alpha, len(ppl)), _rank(1 - alpha, len(ppl))
+        if ranks not in num_kept:
+            quadrant = assign_quadrants(ppl, ent, thresholds_at(ppl, ent, alpha, alpha))
+            num_kept[ranks] = int(_in_any(quadrant, keep_quadrants).sum())
+        if num_kept[ranks] > num_keep:  # Eq. (6): too many kept, tighten
             high = alpha
         else:  # relax
             low = alpha
@@ -453,6 +455,11 @@ def num_tokens_to_keep(token_keep_ratio: float, num_tokens: int) -> int:
     """max(1, floor(r_token * |T(x)|)), after Eq. (2): a kept sample never loses its last token (choice C11)."""
     _check_fraction("token_keep_ratio", token_keep_ratio)
     return max(1, math.floor(token_keep_ratio * num_tokens + ROUNDING))
+
+
+def _rank(gamma: float, num_values: int) -> int:
+    """The place from 1, in ascending order, of the gamma-quantile (choice C4)."""
+    return max(math.ceil(gamma * num_values - ROUNDING), 1)
 
 
 def _in_any(quadrant: Tensor, quadrants: Collection[Quadrant]) -> Tensor:

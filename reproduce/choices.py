@@ -116,7 +116,9 @@ def wider() -> AbstractContextManager:
 
 
 def interpolated() -> AbstractContextManager:
-    return patch.multiple(qtuning, quantile=lambda values, gamma: values.double().quantile(gamma))
+    """Every level then cuts elsewhere, so that none stands for another in the search."""
+    quantile = {"quantile": lambda values, gamma: values.double().quantile(gamma), "_rank": lambda gamma, num: gamma}
+    return patch.multiple(qtuning, **quantile)
 
 
 def other_edges() -> AbstractContextManager:
@@ -236,9 +238,9 @@ def no_neighbour_is_0() -> AbstractContextManager:
 def entropy_over_all_tokens() -> AbstractContextManager:
     original = train.score
 
-    def score(model, samples, pass_tokens, autocast) -> tuple[Tensor, Tensor, Tensor]:
+    def score(model, samples, pass_tokens, autocast, outputs=None) -> tuple[Tensor, Tensor, Tensor]:
         everywhere = [dataclasses.replace(sample, labels=sample.input_ids) for sample in samples]
-        nll, entropy, tokens = original(model, everywhere, pass_tokens, autocast)
+        nll, entropy, tokens = original(model, everywhere, pass_tokens, autocast, outputs)
         loss_mask = torch.zeros_like(tokens)
         for row, sample in enumerate(samples):
             loss_mask[row, : len(sample.labels) - 1] = torch.tensor(sample.labels[1:]) != IGNORE_INDEX
@@ -252,13 +254,13 @@ def mean_of_means(over_answer: bool) -> AbstractContextManager:
     """Written for a step that is one pass and keeps one sample of each micro-batch, as the embedded default's do."""
     original = passes.TokenLoss.forward
 
-    def forward(self, input_ids, labels, lengths, token_weights):
+    def forward(self, input_ids, labels, lengths, token_weights, known=None):
         device = labels.device
         row = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
         row = row[labels != IGNORE_INDEX]
         sizes = row.bincount(minlength=len(lengths)) if over_answer else torch.tensor(lengths, device=device)
         # train.py divides by the number of kept tokens
-        return original(self, input_ids, labels, lengths, token_weights * len(row) / len(lengths) / sizes[row])
+        return original(self, input_ids, labels, lengths, token_weights * len(row) / len(lengths) / sizes[row], known)
 
     return patch.multiple(passes.TokenLoss, forward=forward)
 

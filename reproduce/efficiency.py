@@ -182,6 +182,25 @@ def table(results: dict) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def shares(results: dict) -> str:
+    """Markdown, Table 6 at a glance: seconds over those of the column's full run, and in brackets the bound."""
+    cells = {
+        (row["tuning"], row["checkpointing"], row["method"], row["sample_keep_ratio"]): row for row in results["rows"]
+    }
+    columns = list(dict.fromkeys(cell[:2] for cell in cells))
+    names = [f"{tune}{', checkpointing' if again == 'on' else ''}" for tune, again in columns]
+    full = [f"{cells[*column, 'full', 1.0]['seconds_a_step']:.3g} s" for column in columns]
+    lines = [["", *names, "paper"], ["---"] * (len(columns) + 2), ["full data, a step", *full, ""]]
+    methods = [method for method in dict.fromkeys(cell[2] for cell in cells) if method != "full"]
+    for ratio in sorted({cell[3] for cell in cells if cell[2] != "full"}):
+        for method in methods:
+            found = [cells.get((*column, method, ratio)) for column in columns]
+            line = [f"{row['of_full']:.2f} ({row['bound']:.2f})" if row else "" for row in found]
+            paper = f"{PAPER[ratio]:.2f}" if method in ("Q-Tuning, mask", "Q-Tuning, drop") else ""
+            lines.append([f"{method}, {100 * ratio:g} %", *line, paper])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="reproduce.efficiency", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="checkpoint folder; none: the embedded default and its rows")
@@ -206,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 train.write_aside(args.out, json.dumps(results, indent=1) + "\n")
-        print(table(results))
+        print(table(results), shares(results), sep="\n\n")
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)

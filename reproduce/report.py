@@ -321,6 +321,10 @@ SMALL = """## SmolLM2-135M on real rows
 one epoch (40 steps), scored by the paper's protocols. Intervals of single runs are over items.
 """
 
+SAVED = """`python -m reproduce.efficiency` : medians of a step of 32 rows on a CPU; full data is packed and without
+full logits as well. First SmolLM2-135M on Alpaca rows (two threads), then the embedded default (one).
+"""
+
 
 def page(tiny: Results | None, small: Results | None, folder: Path) -> str:
     """The whole page; `folder` is that of figures/ and cases/."""
@@ -338,7 +342,9 @@ def page(tiny: Results | None, small: Results | None, folder: Path) -> str:
         parts += [SMALL, score_table(small, "smollm2", "SmolLM2-135M") or ""]
     if (folder / "cases-smollm2").exists():  # counts alone: the rows' texts are other people's
         parts += ["### What was selected of it, Q-Tuning at 12.5x50", *selected_part(folder / "cases-smollm2")]
-    parts += ["## Table 6: what it saves", efficiency.table(read_json(RESULTS / "efficiency_smollm2.json"))]
+    parts += ["## Table 6: what it saves", SAVED]
+    for name in ("smollm2", "tiny"):
+        parts += [efficiency.table(read_json(RESULTS / f"efficiency_{name}.json"))]
     return "\n\n".join(parts) + "\n"
 
 

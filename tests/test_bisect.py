@@ -209,11 +209,13 @@ def test_by_default_the_interval_ends_at_049_and_is_halved_20_times(plane, num_k
     assert default == qtuning.bisect_thresholds(*plane, num_keep, upper=0.49, max_iters=20)
 
 
-@given(planes(max_size=40), st.integers(0, 40), iterations, kept_quadrants)
-def test_the_search_is_the_twins(plane, num_keep, max_iters, kept):
+@given(planes(max_size=40), st.integers(0, 40), uppers, iterations, kept_quadrants)
+@example(anti_diagonal, 1, 0.5, 20, KEEP_QUADRANTS)  # halves 1/4 and 1/8: one low side, two high ones
+def test_the_search_is_the_twins(plane, num_keep, upper, max_iters, kept):
     ppl, ent = plane[0].tolist(), plane[1].tolist()
-    expected = twin.bisect_thresholds(ppl, ent, num_keep, max_iters=max_iters, keep_quadrants=kept)
-    actual = qtuning.bisect_thresholds(*plane, num_keep, max_iters=max_iters, keep_quadrants=kept)
+    given_to_both = {"upper": upper, "max_iters": max_iters, "keep_quadrants": kept}
+    expected = twin.bisect_thresholds(ppl, ent, num_keep, **given_to_both)
+    actual = qtuning.bisect_thresholds(*plane, num_keep, **given_to_both)
     assert float(actual.alpha) == expected.alpha
     assert qtuning.assign_quadrants(*plane, actual).tolist() == twin.assign_quadrants(ppl, ent, expected)
 

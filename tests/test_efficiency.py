@@ -62,6 +62,10 @@ def test_a_small_benchmark_runs_and_measures_every_cell(checkpoint, rows, monkey
     assert reused["bound"] < mask["bound"]
     assert reused["tokens_trained"] == mask["tokens_trained"]
     assert len(efficiency.table(results).splitlines()) == 2 + len(cells)
+    glance = efficiency.shares(results).splitlines()
+    assert glance[0] == "|  | full, checkpointing | paper |"
+    assert len(glance) == 2 + len(cells)
+    assert f"| Q-Tuning, drop, 50 % | {drop['of_full']:.2f} ({drop['bound']:.2f}) | 0.89 |" in glance
     json.dumps(results)
 
 
