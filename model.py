@@ -680,7 +680,7 @@ class LoRALinear(nn.Linear):
         rows = x.flatten(0, -2)
         low = self.scale * F.linear(rows, self.lora_A.to(x.dtype))  # scaled here, where it is small
         y = F.linear(low, self.lora_B.to(x.dtype), self.bias)  # first: checkpointing then need not make W x again
-        # In place: scoring is bound by memory here. It also goes without autocast's cast, so that is made by hand.
+        # In place, which is a pass over memory less, but goes without autocast's cast: that is made here.
         return y.addmm_(rows.to(y.dtype), self.weight.T.to(y.dtype)).unflatten(0, x.shape[:-1])
 
     def merged_weight(self) -> Tensor:

@@ -125,7 +125,7 @@ class Config:
     lr: float = flag(1e-4, "peak learning rate, cosine to 0")
     lora_rank: int = flag(8, "rank of the LoRA updates (alpha is twice that); 0: full fine-tuning")
     activation_checkpointing: bool = flag(False, "keep only the layers' inputs for the backward pass: slower, smaller")
-    reuse_forward: bool = flag(False, "with it, and `mask`: train on the layer outputs that the scoring pass left")
+    reuse_forward: bool = flag(False, "with --activation-checkpointing: train on the layer outputs that scoring left")
     max_length: int = flag(2048, "tokens of a row at most, the rest is cut")
     template: str = flag("auto", "chat template; auto: the tokenizer's own, else 'default'")
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))

@@ -234,11 +234,13 @@ def test_reused_scores_are_made_on_every_second_visit_and_on_two_ranks_as_on_one
     assert all("kept_agreement" not in metrics for metrics in exact)
 
 
-def test_scoring_in_bf16_says_how_far_it_agrees_with_fp32(checkpoint, rows, tmp_path):
-    metrics = run(checkpoint, rows, tmp_path / "run", "--score-bf16", "--check-scores", "1", "--max-steps", "2")
+@pytest.mark.parametrize("lora_rank", ["0", "4"])
+def test_scoring_in_bf16_says_how_far_it_agrees_with_fp32(checkpoint, rows, tmp_path, lora_rank):
+    flags = ["--max-steps", "2", "--log-selection", "--lora-rank", lora_rank]
+    metrics = run(checkpoint, rows, tmp_path / "run", *flags, "--score-bf16", "--check-scores", "1")
     assert all(0.5 <= step["kept_agreement"] <= 1 for step in metrics)
-    exact = run(checkpoint, rows, tmp_path / "exact", "--max-steps", "2", "--log-selection")
-    rough = run(checkpoint, rows, tmp_path / "rough", "--score-bf16", "--max-steps", "2", "--log-selection")
+    exact = run(checkpoint, rows, tmp_path / "exact", *flags)
+    rough = run(checkpoint, rows, tmp_path / "rough", *flags, "--score-bf16")
     scores = [
         json.loads((tmp_path / name / "selection.jsonl").read_text().splitlines()[0]) for name in ("exact", "rough")
     ]
