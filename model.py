@@ -1,28 +1,20 @@
-"""LLaMA-family decoders in one file: the network, Hugging Face folders in and out, LoRA, generation.
+"""LLaMA-family decoders in one file: configuration, network, Hugging Face folders in and out.
 
-Four families share the network and differ in a few lines: llama (2, 3, SmolLM2), mistral (attention through a
-sliding window), qwen2 (biases on queries, keys and values) and qwen3 (queries and keys normalised per head).
+Four families share the network and differ in a few lines: llama (2, 3, SmolLM2), mistral (sliding-window
+attention), qwen2 (biases on queries, keys and values) and qwen3 (queries and keys normalised per head).
 
-Read it top to bottom: configuration, RMSNorm, rotary positions, attention, feed-forward, decoder,
-checkpoints, LoRA and PEFT's adapter layout, generation with a KV cache. Modules carry the names of
-Hugging Face checkpoints (`model.layers.0.self_attn.q_proj`), so weights load without a table of names.
+Modules have the names of Hugging Face checkpoints (`model.layers.0.self_attn.q_proj`), so weights load without a
+table of names. LoRA is in training/lora.py; generation and the KV cache are in eval/generation.py.
 
-Shapes: B rows, T positions, H hidden size, V vocabulary, d head size, L layers, S cache slots.
+Shapes: B rows, T positions, H hidden size, V vocabulary, d head size.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import itertools
-import json
 import math
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,13 +23,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+
+from training.files import read_json, write_json, written_aside
 
 # ------------------------------------------------------------------------------------- configuration
 
 
-# The families, and what transformers takes where a config.json of theirs is silent.
+# The families, and transformers' default for each key that a config.json may leave out.
 FAMILIES = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -231,6 +223,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """A layer's number, its queries (B, heads, T, d), keys and values (B, kv_heads, T, d) -> (B, heads, T, d)."""
 
+RunLayer = Callable[..., Tensor]
+"""A layer's number, the layer, and its inputs (x, cos, sin, attend) -> its output (B, T, H)."""
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """softmax(q k / sqrt(d)) v over the slots that `seen` allows; causal where it is None."""
@@ -245,84 +240,10 @@ def visible(position_ids: Tensor, slots: int, window: int | None) -> Tensor:
 
 
 def attend_rows(T: int, window: int | None, device: torch.device) -> Attend:
-    """Rows of T tokens side by side: causal in row order."""
+    """Causal attention in rows of T tokens, within the sliding window if there is one."""
     order = torch.arange(T, device=device)[None]
     seen = visible(order, T, window) if window is not None and window < T else None
     return lambda layer, q, k, v: attention(q, k, v, seen)
-
-
-def attend_cached(cache: KVCache, position_ids: Tensor, window: int | None) -> Attend:
-    """Every token sees what its row has put into the cache so far."""
-    seen = visible(position_ids, cache.move_to(position_ids), window)
-    return lambda layer, q, k, v: attention(q, *cache.extend(layer, k, v), seen)
-
-
-def attend_packed(lengths: list[int], window: int | None, device: torch.device) -> Attend:
-    """Rows of these lengths end to end in one: each sees itself alone.
-
-    On a GPU in 16 bits one varlen_attn call, else one call a row: a mask over all pairs of tokens costs far more.
-    """
-    if len(lengths) == 1:
-        return attend_rows(lengths[0], window, device)
-    each = {length: attend_rows(length, window, device) for length in set(lengths)}
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            return varlen_attention(q, k, v, ends, max(lengths), window)
-        rows = zip(lengths, *(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([each[length](layer, *qkv) for length, *qkv in rows], dim=2)
-
-    return attend
-
-
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, window: int | None) -> Tensor:
-    """attend_packed on torch's kernel for rows of unequal length; (1, heads, N, d) in and out."""
-    from torch.nn.attention import varlen  # not in every torch that the rest runs on
-
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, d)
-    options = {"window_size": (-1 if window is None else window - 1, 0)}  # how many are seen to the left, to the right
-    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
-        options["enable_gqa"] = True
-    else:  # torch 2.11
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **options).transpose(0, 1)[None]
-
-
-class KVCache:
-    """Keys and values of every layer; slot p of row b holds position p of that row.
-
-    Rows of unequal length sit side by side: each writes at its own positions and sees no slot past them,
-    so that what a shorter row's padding wrote is overwritten before it can be read.
-    """
-
-    def __init__(self, model: Transformer, rows: int, slots: int):
-        cfg, weight = model.config, model.lm_head.weight
-        shape = (cfg.num_hidden_layers, rows, cfg.num_key_value_heads, slots, cfg.head_dim)
-        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.values = torch.zeros_like(self.keys)
-
-    def move_to(self, position_ids: Tensor) -> int:
-        """Say where the tokens of the coming forward pass stand, (B, T); return how many slots are in use then.
-
-        Raises:
-            ValueError: a position has no slot.
-        """
-        self.position_ids, self.slots = position_ids, int(position_ids.max()) + 1
-        if self.slots > self.keys.shape[3]:
-            raise ValueError(f"position {self.slots - 1} does not fit: the cache has {self.keys.shape[3]} slots")
-        return self.slots
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, heads, T, d) of one layer; return all its keys and values so far."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[layer][rows, :, self.position_ids] = k.transpose(1, 2)
-        self.values[layer][rows, :, self.position_ids] = v.transpose(1, 2)
-        return self.keys[layer][:, :, : self.slots], self.values[layer][:, :, : self.slots]
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Let the other rows leave the batch."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
 class Attention(nn.Module):
@@ -384,28 +305,17 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def replay(layer: nn.Module, known: Tensor, x: Tensor, *places) -> Tensor:
-    """layer(x, *places) whose value is known: the layer runs on the way back alone, for its gradients."""
-
-    def run(x: Tensor) -> Tensor:
-        return layer(x, *places) if torch.is_grad_enabled() else known  # `checkpoint` comes first without gradients
-
-    x = x if x.requires_grad else x.detach().requires_grad_()  # frozen embeddings: or checkpoint finds nothing to do
-    return checkpoint(run, x, use_reentrant=True, preserve_rng_state=False)
-
-
 class Transformer(nn.Module):
     """The decoder and its language-model head. Fresh weights are normal(0, 0.02); norms are ones."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # keep only the layers' inputs for the backward pass; make the rest again
-        self.source: Path | None = None  # the folder that from_pretrained read, whose tokenizer files travel on
+        self.source: Path | None = None  # the folder that from_pretrained read; save_pretrained copies its tokenizer
         layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding.from_pretrained(  # which, unlike nn.Embedding, draws no weights of its own
+                "embed_tokens": nn.Embedding.from_pretrained(  # unlike nn.Embedding, it draws no weights of its own
                     torch.empty(config.vocab_size, config.hidden_size), freeze=False
                 ),
                 "layers": layers,
@@ -423,10 +333,8 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        lengths: list[int] | None = None,
-        outputs: list[Tensor] | None = None,
-        known: list[Tensor] | None = None,
+        attend: Attend | None = None,
+        run_layer: RunLayer | None = None,
     ) -> Tensor:
         """The last layer's normalised output, before the head: (B, T) -> (B, T, H).
 
@@ -434,57 +342,20 @@ class Transformer(nn.Module):
 
         Args:
             input_ids:    (B, T) int64.
-            position_ids: (B, T) int64, rotary positions; 0..T-1 when not given.
-            cache:        attend to earlier tokens too, and remember these.
-            lengths:      input_ids (1, N) is packed: rows of these lengths stand end to end, with positions from 0
-                          each, and none sees another. No cache then.
-            outputs:      takes what each layer gives, (B, T, H); for a later pass with the same weights:
-            known:        what each layer gives for these input_ids. No layer is run then; each is made again from its
-                          input on the way back, as with activation_checkpointing.
+            position_ids: (B, T) int64, rotary positions; default: 0..T-1.
+            attend:       which tokens see which; default: each token sees its row up to itself. `training.packing`
+                          has it for rows that stand end to end, `eval.generation` for a KV cache.
+            run_layer:    how each layer is run; default: layer(x, cos, sin, attend). `training.layers` has others.
         """
-        x, *places = self._enter(input_ids, position_ids, cache, lengths)
-        for number, layer in enumerate(self.model["layers"]):
-            if known is not None:
-                x = replay(layer, known[number], x, *places)
-            elif self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *places, use_reentrant=False)
-            else:
-                x = layer(x, *places)
-            if outputs is not None:
-                outputs.append(x)
-        return self.model["norm"](x)
-
-    def _enter(self, input_ids, position_ids=None, cache=None, lengths=None) -> tuple[Tensor, Tensor, Tensor, Attend]:
-        """What the layers take: embeddings (B, T, H), cos, sin, and who attends to whom."""
-        T, device, window = input_ids.shape[1], input_ids.device, self.config.sliding_window
+        T, device = input_ids.shape[1], input_ids.device
         if position_ids is None:
-            order = torch.cat([torch.arange(length) for length in lengths or [T]]).to(device)
-            position_ids = order.expand_as(input_ids)
-        if cache is not None:
-            attend = attend_cached(cache, position_ids, window)
-        elif lengths is not None:
-            attend = attend_packed(lengths, window, device)
-        else:
-            attend = attend_rows(T, window, device)
+            position_ids = torch.arange(T, device=device).expand_as(input_ids)
+        attend = attend or attend_rows(T, self.config.sliding_window, device)
         cos, sin = rotary(position_ids, rotary_frequencies(self.config, device))
-        return self.model["embed_tokens"](input_ids), cos, sin, attend
-
-    def queries_and_keys(
-        self, input_ids: Tensor, layer: int = -1, lengths: list[int] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the attention of one layer computes with, for those who study it; `lengths` as in hidden_states.
-
-        Returns:
-            Queries (B, heads, T, d), keys (B, key-value heads, T, d), both turned to their positions, and the
-            normalised hidden states (B, T, H) that they were made from.
-        """
-        x, *places = self._enter(input_ids, lengths=lengths)
-        *before, last = self.model["layers"][: layer % len(self.model["layers"]) + 1]
-        for earlier in before:
-            x = earlier(x, *places)
-        x = last.input_layernorm(x)
-        q, k, _ = last.self_attn.qkv(x, *places[:2])
-        return q, k, x
+        x = self.model["embed_tokens"](input_ids)
+        for number, layer in enumerate(self.model["layers"]):
+            x = run_layer(number, layer, x, cos, sin, attend) if run_layer else layer(x, cos, sin, attend)
+        return self.model["norm"](x)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Next-token logits: (B, T) -> (B, T, V). Right padding needs no mask."""
@@ -567,7 +438,7 @@ class Transformer(nn.Module):
 
         def final(name: str) -> Tensor:
             owner = self.get_submodule(name.rpartition(".")[0])
-            merge = isinstance(owner, LoRALinear) and name.endswith(".weight")
+            merge = hasattr(owner, "merged_weight") and name.endswith(".weight")  # a layer of training/lora.py
             return (owner.merged_weight() if merge else tensors[name]).detach().cpu().contiguous()
 
         with written_aside(folder) as new:
@@ -622,281 +493,3 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{folder / file}: not a whole safetensors file ({error})") from None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def write_aside(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    aside = Path(f"{path}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def write_json(path: str | Path, value: dict, indent: int = 2) -> None:
-    write_aside(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def written_aside(folder: str | Path) -> Iterator[Path]:
-    """A folder to write files into; each is renamed into `folder` once all of them are whole."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as new:
-        yield Path(new)
-        for file in sorted(Path(new).iterdir(), key=lambda path: path.stat().st_mtime_ns):
-            os.replace(file, folder / file.name)
-
-
-# ---------------------------------------------------------------------------------------------- LoRA
-
-
-class LoRALinear(nn.Linear):
-    """A frozen linear layer plus a trained low-rank update: W x + (alpha / rank) B A x (Hu et al. 2021).
-
-    A (rank, in) starts Kaiming-uniform and B (out, rank) at zero, so that the update starts at zero. Both are
-    kept in fp32 whatever the frozen weight is, and computed with in the dtype of the input.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
-        with torch.device("meta"):
-            super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
-        for name, parameter in base.named_parameters():
-            setattr(self, name, nn.Parameter(parameter.detach(), requires_grad=False))
-        self.scale = alpha / rank
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        low = self.scale * F.linear(rows, self.lora_A.to(x.dtype))  # scaled here, where it is small
-        y = F.linear(low, self.lora_B.to(x.dtype), self.bias)  # first: checkpointing then need not make W x again
-        # In place, which is a pass over memory less, but goes without autocast's cast: that is made here.
-        return y.addmm_(rows.to(y.dtype), self.weight.T.to(y.dtype)).unflatten(0, x.shape[:-1])
-
-    def merged_weight(self) -> Tensor:
-        """W + (alpha / rank) B A, summed in fp32 and rounded once to W's dtype."""
-        merged = self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
-        return merged.to(self.weight.dtype)
-
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def add_lora(model: Transformer, rank: int, alpha: float, targets: tuple[str, ...] = LORA_TARGETS) -> Transformer:
-    """Freeze the model and give every linear layer named in `targets` (all but lm_head) a LoRA update, in place.
-
-    Raises:
-        ValueError: rank below 1, a target the model does not have, or LoRA there already.
-    """
-    if rank < 1:
-        raise ValueError(f"LoRA rank must be at least 1, got {rank}")
-    unknown = sorted(set(targets) - set(LORA_TARGETS))
-    if unknown or not targets:
-        raise ValueError(f"LoRA targets must be among {', '.join(LORA_TARGETS)}; got {', '.join(unknown) or 'none'}")
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("the model has LoRA layers already")
-    model.requires_grad_(False)
-    for layer in model.model["layers"]:
-        for block in (layer.self_attn, layer.mlp):
-            for name, linear in list(block.named_children()):
-                if name in targets:
-                    setattr(block, name, LoRALinear(linear, rank, alpha))
-    return model
-
-
-def save_adapter(model: Transformer, folder: str | Path) -> None:
-    """Write the LoRA weights in PEFT's layout: adapter_model.safetensors and adapter_config.json."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    if not layers:
-        raise ValueError("the model has no LoRA layers to save; call add_lora first")
-    rank = next(iter(layers.values())).lora_A.shape[0]
-    state = {
-        f"base_model.model.{name}.{part}.weight": getattr(module, part).detach().cpu().contiguous()
-        for name, module in layers.items()
-        for part in ("lora_A", "lora_B")
-    }
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model.source or ""),
-        "r": rank,
-        "lora_alpha": next(iter(layers.values())).scale * rank,
-        "lora_dropout": 0.0,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    with written_aside(folder) as new:
-        save_file(state, new / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(new / "adapter_config.json", config)
-
-
-def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
-    """Add the LoRA layers of a PEFT folder to `model`, in place; strict about settings, names and shapes.
-
-    Raises:
-        FileNotFoundError: adapter_config.json or adapter_model.safetensors is not there.
-        ValueError: the adapter asks for what we lack, or its tensors do not fit the model.
-    """
-    folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
-    only_value = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
-    for key, value in only_value.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{folder}: adapter_config.json: {key} = {config[key]!r} is not implemented")
-    for key in ("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"):
-        if config.get(key):
-            raise ValueError(f"{folder}: adapter_config.json: {key} = {config[key]!r} is not implemented")
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        raise ValueError(f"{folder}: adapter_config.json: target_modules must be a list of names, got {targets!r}")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise ValueError(f"{folder}: adapter_config.json: {key} must be a number, got {config.get(key)!r}")
-    add_lora(model, config["r"], config["lora_alpha"], tuple(targets))
-    expected = {
-        f"base_model.model.{name}.{part}.weight": getattr(module, part)
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
-        for part in ("lora_A", "lora_B")
-    }
-    found = dict(checkpoint_tensors(folder))
-    if found.keys() != expected.keys():
-        odd = min(found.keys() ^ expected.keys())
-        raise ValueError(f"{folder}: adapter tensor {odd!r} is {'unexpected' if odd in found else 'missing'}")
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            if found[name].shape != parameter.shape:
-                want, got = tuple(parameter.shape), tuple(found[name].shape)
-                raise ValueError(f"{folder}: adapter tensor {name!r} must have shape {want}, got {got}")
-            parameter.copy_(found[name])
-    return model
-
-
-# ---------------------------------------------------------------------------------------- generation
-
-
-@torch.no_grad()
-def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    eos_ids: tuple[int, ...] | None = None,
-    stop: Callable[[list[int]], bool] | None = None,
-    temperature: float = 0.0,
-    generators: list[torch.Generator] | None = None,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> list[list[int]]:
-    """Continue each prompt; greedy unless `temperature` is above 0. Batching does not change a row's text;
-    sampled ones need generators for that.
-
-    Args:
-        prompts:        token ids, each at least one token long; lengths may differ.
-        max_new_tokens: at most so many ids are added to each.
-        eos_ids:        a row ends with the first of these; the config's EOS when None, never when empty.
-        stop:           called with a row's new ids after every token; True ends the row.
-        temperature:    0 takes the most likely token, else tokens are drawn from softmax(logits / temperature).
-        generators:     when temperature > 0: each prompt's source of randomness; torch's own, for all, when None.
-        batch_size:     rows decoded together, shortest prompts first; a finished row leaves the batch.
-    Returns:
-        The new ids of each prompt, in the prompts' order, with the EOS that ended it (if one did).
-    Raises:
-        ValueError: an empty prompt, or one that with max_new_tokens passes max_position_embeddings.
-    """
-    eos_ids = model.config.eos_token_ids if eos_ids is None else eos_ids
-    limit = model.config.max_position_embeddings
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty; expected at least one token id")
-        if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} it passes the model's "
-                f"max_position_embeddings {limit}"
-            )
-
-    def ended(new_ids: list[int]) -> bool:
-        return new_ids[-1] in eos_ids or (stop is not None and stop(new_ids))
-
-    continued: list[list[int]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with tqdm(total=len(prompts), desc="generate", unit="row", disable=not progress) as bar:
-        for start in range(0, len(prompts), batch_size):
-            rows = by_length[start : start + batch_size]
-            sources = None if generators is None else [generators[i] for i in rows]
-            pick = functools.partial(_next_tokens, temperature=temperature, generators=sources)
-            new_ids = _continue_batch(model, [prompts[i] for i in rows], max_new_tokens, pick, ended)
-            for i, row in zip(rows, new_ids, strict=True):
-                continued[i] = row
-            bar.update(len(rows))
-    return continued
-
-
-def _next_tokens(
-    logits: Tensor, rows: list[int], temperature: float, generators: list[torch.Generator] | None
-) -> Tensor:
-    """One token for each of these rows of the batch: (rows, V) -> (rows,)."""
-    if temperature <= 0:
-        return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1)
-    if generators is None:
-        return torch.multinomial(probabilities, 1)[:, 0]
-    drawn = zip(probabilities, rows, strict=True)
-    return torch.cat([torch.multinomial(of_row, 1, generator=generators[row]) for of_row, row in drawn])
-
-
-def shared_length(rows: list[list[int]]) -> int:
-    """How many tokens all rows begin with alike, leaving each row a last token of its own."""
-    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
-    return min(sum(1 for _ in alike), min(map(len, rows)) - 1)
-
-
-def _continue_batch(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    pick: Callable[[Tensor, list[int]], Tensor],
-    ended: Callable[[list[int]], bool],
-) -> list[list[int]]:
-    """Decode prompts side by side: `pick` chooses the next tokens, `ended` takes a row out of the batch."""
-    device = model.lm_head.weight.device
-    new_ids: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # those still in the batch
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(lengths.max())
-    shared = shared_length(prompts) if len(prompts) > 1 else 0
-    cache = KVCache(model, 1 if shared else len(prompts), longest + max_new_tokens)
-    if shared:  # worked examples before every question, say: they run once
-        model.hidden_states(torch.tensor([prompts[0][:shared]], device=device), cache=cache)
-        cache.keep_rows(torch.zeros(len(prompts), dtype=torch.long, device=device))
-    own = [prompt[shared:] + [0] * (longest - len(prompt)) for prompt in prompts]
-    input_ids = torch.tensor(own, device=device)
-    position_ids = torch.arange(shared, longest, device=device).expand_as(input_ids)
-    last = lengths - 1 - shared  # the column of each row's last real token
-    for _ in range(max_new_tokens):
-        hidden = model.hidden_states(input_ids, position_ids, cache)
-        token = pick(model.lm_head(hidden[torch.arange(len(rows), device=device), last]).float(), rows)
-        for row, new_id in zip(rows, token.tolist(), strict=True):
-            new_ids[row].append(new_id)
-        stay = [j for j, row in enumerate(rows) if not ended(new_ids[row])]
-        if not stay:
-            break
-        if len(stay) < len(rows):
-            keep = torch.tensor(stay, device=device)
-            rows, token, lengths = [rows[j] for j in stay], token[keep], lengths[keep]
-            cache.keep_rows(keep)
-        input_ids, position_ids = token[:, None], lengths[:, None]  # the new token stands after the row's last
-        lengths, last = lengths + 1, torch.zeros_like(lengths)
-    return new_ids

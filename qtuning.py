@@ -207,15 +207,11 @@ def bisect_thresholds(
         raise ValueError("keep_quadrants must name one quadrant at least, got none")
     _check_quadrants("keep_quadrants", keep_quadrants)
     ppl, ent = ppl.cpu(), ent.cpu()  # one copy from a GPU, not a wait in every halving
-    num_kept = {}  # at the quantiles' ranks: alpha matters through these alone, and most halvings cut as one before
     low, high = 0.0, upper  # alpha_low = beta_low, alpha_high = beta_high
     for _ in range(max_iters):
         alpha = (low + high) / 2
-        ranks = _rank(alpha, len(ppl)), _rank(1 - alpha, len(ppl))
-        if ranks not in num_kept:
-            quadrant = assign_quadrants(ppl, ent, thresholds_at(ppl, ent, alpha, alpha))
-            num_kept[ranks] = int(_in_any(quadrant, keep_quadrants).sum())
-        if num_kept[ranks] > num_keep:  # Eq. (6): too many kept, tighten
+        quadrant = assign_quadrants(ppl, ent, thresholds_at(ppl, ent, alpha, alpha))
+        if int(_in_any(quadrant, keep_quadrants).sum()) > num_keep:  # Eq. (6): too many kept, tighten
             high = alpha
         else:  # relax
             low = alpha

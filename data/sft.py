@@ -1,18 +1,17 @@
 """SFT data: the rows of a .json or .jsonl file -> token ids and labels -> batches.
 
 In the order a row travels: rows of a file, a row as a conversation, the template that cuts it into prompts
-and answers, truncation, Sample, batches, the order of the stream. Only answers carry labels: every assistant
-turn, with whatever the template puts behind it (EOS included).
+and answers, truncation, Sample, batches. Only answers carry labels: every assistant turn, with whatever the
+template puts behind it (EOS included).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.tokenizer import TextTokenizer, json_kind
-
-IGNORE_INDEX = -100
-
+from qtuning import IGNORE_INDEX
 
 # ------------------------------------------------------------------------------------------ rows of a file
 
@@ -460,39 +457,3 @@ def collate(samples: list[Sample], device: str | torch.device = "cpu") -> tuple[
         input_ids[row, :length] = torch.tensor(sample.input_ids[:-1])
         labels[row, :length] = torch.tensor(sample.labels[1:])
     return input_ids.to(device), labels.to(device)
-
-
-def share(costs: Sequence[int], world: int) -> list[list[int]]:
-    """Items dealt to ranks so that all finish together: dearest first, each to the rank with the least so far.
-
-    Returns: each rank's items, ascending.
-    """
-    hands, load = [[] for _ in range(world)], [0] * world
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        to = load.index(min(load))
-        hands[to].append(i)
-        load[to] += costs[i]
-    return [sorted(hand) for hand in hands]
-
-
-def stream_order(num_samples: int, start: int, stop: int, seed: int) -> list[int]:
-    """Sample indices at places start..stop-1 of an endless stream of epochs, each shuffled anew.
-
-    A pure function of its arguments: a resumed run, or another rank, sees the same stream without replaying
-    it, and only the epochs asked for are drawn.
-    """
-    if num_samples < 1 or not 0 <= start <= stop:
-        raise ValueError(
-            "stream_order: expected num_samples >= 1 and 0 <= start <= stop, got "
-            f"num_samples {num_samples}, start {start}, stop {stop}"
-        )
-    order = []
-    while start < stop:
-        epoch, first = divmod(start, num_samples)
-        last = min(num_samples, first + stop - start)
-        # hashed, not added up: seed 1's first epoch must not be seed 0's second
-        digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        order += torch.randperm(num_samples, generator=generator)[first:last].tolist()
-        start += last - first
-    return order

@@ -1,46 +1,48 @@
-"""What a model says about rows, once, before training: the side files that some pruners go by.
+"""Scores rows with a model once, before training: the side files that some pruners need.
 
-    python score_rows.py WHAT --model DIR [--adapter DIR] --data FILE --scores DIR
+    python -m pruners.score_rows FIELD --model DIR [--adapter DIR] --data FILE --scores DIR
 
-writes DIR/WHAT.jsonl, one object a row, for `train.py --scores DIR`:
+writes DIR/FIELD.jsonl, one object per row, for `train.py --scores DIR`:
 
-    base_nll        {"id", "base_nll": [nats of each answer token]}       tokencleaning
-    reference_nll   the same, of a model tuned on trusted rows            rho1, tokencleaning
+    base_nll        {"id", "base_nll": [nats of each answer token]}       tokencleaning-row
+    reference_nll   the same, from a model tuned on trusted rows          rho1, tokencleaning-row
     rating          {"id", "rating": 0 to 5}, a local model's digits      alpagasus, ds2
     complexity      {"id", "complexity": 1 to 6}, of the request          deita
     quality         {"id", "quality": 1 to 6}, of the answer              deita
-    cond_gain       {"id", "cond_gain": nats a token}                     cond-gain
+    cond_gain       {"id", "cond_gain": nats per token}                   cond-gain
     embedding       {"id", "embedding": base64 of fp16}                   deita, ds2
     less            {"id", "less": -1 to 1}                               less
 
-Rows are read a chunk at a time and each chunk is appended when it is done, so that a run that was cut goes on where
-it stopped and holds no more than a chunk; DIR/WHAT.json says what the file was made with. A side file may as well
-come from elsewhere: only "id" and the field count. Ids are the rows' own, or their place in the file from 0.
+Rows are read a chunk at a time and each chunk is appended when it is done: an interrupted run continues where it
+stopped, and holds no more than a chunk. DIR/FIELD.json records the settings that the file was made with.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from baselines import adam_direction, count_sketch, influence
-from data.sft import Sample, load_samples, read_rows, resolve_template, to_messages
+from data.sft import Sample, load_samples, resolve_template, to_messages
 from data.tokenizer import TextTokenizer
-from model import Transformer, load_adapter, write_json
-from passes import TokenLoss, end_to_end, pack, packs, score
+from model import Transformer
+from pruners.less import adam_direction, count_sketch, influence
+from pruners.side_files import encode_vector, open_side_file, rows_by_id
 from qtuning import IGNORE_INDEX
+from training.files import read_json, write_json
+from training.head import TokenLoss
+from training.lora import load_adapter
+from training.packing import end_to_end, pack, packed, packs
+from training.ranks import chosen_device
+from training.scoring import mean_nll, score
 
 CHUNK = 256  # rows scored between two writes
 
@@ -51,22 +53,16 @@ CHUNK = 256  # rows scored between two writes
 def embed(model: Transformer, samples: list[Sample], pass_tokens: int, autocast) -> Tensor:
     """The mean of a row's last hidden states, prompt and answer: (N, H) float32 on the CPU.
 
-    DEITA takes the last token's and DS2 the mean of a sentence encoder's; this one serves both.
+    DEITA uses the last token's state and DS2 a sentence encoder; this mean serves both.
     """
     model.eval()
     means = torch.zeros(len(samples), model.config.hidden_size)
     for group in packs([len(s.input_ids) for s in samples], pass_tokens):
         input_ids, lengths = end_to_end([samples[i].input_ids for i in group], model.lm_head.weight.device)
         with autocast:
-            hidden = model.hidden_states(input_ids, lengths=lengths)[0]
+            hidden = model.hidden_states(input_ids, *packed(model, lengths))[0]
         means[group] = torch.stack([row.float().mean(dim=0) for row in hidden.split(lengths)]).cpu()
     return means
-
-
-def mean_nll(model: Transformer, samples: list[Sample], pass_tokens: int, autocast) -> Tensor:
-    """(N,) float32, nats a token of each answer."""
-    nll, _, loss_mask = score(model, samples, pass_tokens, autocast)
-    return nll.sum(dim=-1) / loss_mask.sum(dim=-1)
 
 
 def without_prompt(sample: Sample) -> Sample:
@@ -76,7 +72,7 @@ def without_prompt(sample: Sample) -> Sample:
     return dataclasses.replace(sample, input_ids=[i for i, _ in pairs], labels=[y for _, y in pairs])
 
 
-# ------------------------------------------------------------------------- a local model's digits as a rating
+# ------------------------------------------------------------------- ratings: the digits of a local model
 
 SCALES = {  # what is asked -> its digits and the question, in words of our own
     "rating": (
@@ -97,12 +93,12 @@ SCALES = {  # what is asked -> its digits and the question, in words of our own
 }
 
 
-PRIMER = "Rating: "  # how the reply begins: a chat model left to itself would rather begin with a word
+PRIMER = "Rating: "  # the reply begins with this, since a chat model would otherwise begin with a word
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitQuestion:
-    """How to ask a model for one digit, and which token ids answer.
+    """A question that a model answers with one digit, and the token id of each digit.
 
     Attributes:
         tail:      tokens that the template puts behind the digit.
@@ -118,7 +114,7 @@ class DigitQuestion:
 
     @classmethod
     def of(cls, what: str, template: str, tokenizer: TextTokenizer) -> DigitQuestion:
-        """Find where the digit stands in an answer under this template.
+        """Find the digit's position in an answer under this template.
 
         Raises:
             ValueError: the tokenizer does not give each digit one token of its own there.
@@ -135,7 +131,7 @@ class DigitQuestion:
         return cls(text, tuple(digits), len(rows[0]) - 1 - at, tuple(row[at] for row in rows), render, tokenizer)
 
     def prompt(self, messages: list[dict], max_length: int) -> list[int]:
-        """Token ids up to where the digit comes; a long row loses its middle. Turns of one side are joined."""
+        """Token ids in front of the digit; a long row loses its middle. Turns of one side are joined."""
         request, answer = (
             "\n\n".join(m["content"] for m in messages if (m["role"] == "assistant") == side) for side in (False, True)
         )
@@ -155,7 +151,7 @@ def _conversation_ids(render: Callable, tokenizer: TextTokenizer, question: str,
 def rate(
     model: Transformer, prompts: list[list[int]], question: DigitQuestion, pass_tokens: int, autocast
 ) -> tuple[Tensor, Tensor]:
-    """The digit that the model expects to say: sum_d d * p(d | it says a digit), and the mass of all the digits.
+    """The expected digit, sum_d d * p(d | a digit comes next), and the probability of all digits together.
 
     Returns: (N,) float32 each, on the CPU.
     """
@@ -166,7 +162,7 @@ def rate(
     for rows in packs([len(p) for p in prompts], pass_tokens):
         input_ids, lengths = end_to_end([prompts[i] for i in rows], device)
         with autocast:
-            hidden = model.hidden_states(input_ids, lengths=lengths)[0]
+            hidden = model.hidden_states(input_ids, *packed(model, lengths))[0]
             logits = model.lm_head(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]).float()
         p = logits.softmax(dim=-1)[:, ids].cpu()
         mass[rows] = p.sum(dim=-1)
@@ -175,9 +171,9 @@ def rate(
 
 
 def swap_test(model, question: DigitQuestion, rows: list[list[dict]], max_length: int, pass_tokens, autocast) -> dict:
-    """Does the model rate a row's own answer above its neighbour's? Share of wins (a tie is half), mass of the digits.
+    """How often the model rates a row's own answer above its neighbour's (a tie is half), and the digits' probability.
 
-    A rater that does not tell them apart gives noise, however smooth.
+    A rater that cannot tell them apart gives noise.
     """
     swapped = [[*row[:-1], other[-1]] for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
     (own, mass), (other, _) = (
@@ -241,96 +237,11 @@ class Sketch:
         return count_sketch(gradient, self.buckets, self.signs, self.size).cpu()
 
 
-# --------------------------------------------------------------------------------------------- side files
-
-
-def read_side_file(folder: str | Path, field: str, convert: Callable = float) -> dict[str, object]:
-    """id -> value of FOLDER/FIELD.jsonl, each value through `convert`, line by line.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line without the id or a value that converts, by file and line.
-    """
-    path, values = Path(folder) / f"{field}.jsonl", {}
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; `python score_rows.py {field}` writes it")
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            try:
-                row = json.loads(raw)
-                values[str(row["id"])] = convert(row[field])
-            except (ValueError, TypeError, KeyError) as error:
-                got = raw[:80].decode("utf-8", "replace").strip()
-                raise ValueError(f"{path}:{line}: expected an object with 'id' and {field!r}, got {got}") from error
-    return values
-
-
-def rows_by_id(path: str | Path) -> dict[str, dict]:
-    """The rows of a data file by the id that their scores go by.
-
-    Raises:
-        ValueError: two rows of one id: a score could not tell them apart.
-    """
-    rows = {}
-    for number, (_, row) in enumerate(read_rows(path)):
-        if isinstance(row, dict):
-            row_id = str(number if row.get("id") is None else row["id"])
-            if row_id in rows:
-                raise ValueError(f"{path}: two rows have the id {row_id!r}; scores go by id, so each needs its own")
-            rows[row_id] = row
-    return rows
-
-
-def row_values(field: str, ids: list[str], data: str, scores: str | None) -> list[float | None]:
-    """Each row's number: the data file's own field, else the side file's, else None."""
-    rows, side = rows_by_id(data), {}
-    if not all(rows[i].get(field) is not None for i in ids):
-        if scores is None:
-            raise ValueError(f"{data}: not every row has the field {field!r}; give --scores with a {field}.jsonl")
-        side = read_side_file(scores, field)
-    try:
-        return [float(rows[i][field]) if rows[i].get(field) is not None else side.get(i) for i in ids]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{data}: the field {field!r} must be a number ({error})") from error
-
-
-def encode_vector(vector: Tensor) -> str:
-    return base64.b64encode(vector.to(torch.float16).numpy().tobytes()).decode("ascii")
-
-
-def decode_vector(text: str) -> Tensor:
-    return torch.from_numpy(numpy.frombuffer(base64.b64decode(text), dtype=numpy.float16).copy())
-
-
-def open_side_file(folder: Path, what: str, settings: dict) -> set[str]:
-    """Start DIR/WHAT.jsonl, or find which ids it holds; a line that was cut off is taken out.
-
-    Raises:
-        ValueError: it was made with other settings.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, about = folder / f"{what}.jsonl", folder / f"{what}.json"
-    if not about.exists():
-        if path.exists():
-            raise ValueError(f"{path} exists and was not made here (no {about.name}); give another --scores folder")
-        write_json(about, {"settings": settings})
-    before = json.loads(about.read_text(encoding="utf-8"))["settings"]
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise ValueError(f"{path} was made with {key} {before.get(key)!r}, got {value!r}; give another --scores")
-    if not path.exists():
-        return set()
-    whole, _, cut = path.read_bytes().rpartition(b"\n")
-    if cut:
-        os.truncate(path, len(whole) + 1 if whole else 0)
-    return set(read_side_file(folder, what, convert=lambda value: None))
-
-
 # ---------------------------------------------------------------------------------------------- command
 
 
 def values_of(args, model: Transformer, tokenizer: TextTokenizer, autocast) -> tuple[Callable, dict]:
-    """The function from a list of samples to their JSON values, and what is worth telling about it."""
+    """The function from a list of samples to their JSON values, and facts about it for FIELD.json."""
     what, tokens = args.what, args.pass_tokens
     if what in ("base_nll", "reference_nll"):
 
@@ -383,7 +294,7 @@ def score_file(args) -> None:
     """Score what is not scored yet, chunk by chunk."""
     if args.what == "less" and not (args.warmup and args.targets):
         raise ValueError("less needs --warmup RUN and --targets FILE ...")
-    device = "cuda" if args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()) else "cpu"
+    device = chosen_device(args.device)
     bf16 = device == "cuda" and args.what != "less"
     autocast = torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext()
     tokenizer = TextTokenizer.from_pretrained(args.model)
@@ -403,7 +314,7 @@ def score_file(args) -> None:
     values, told = values_of(args, model, tokenizer, autocast)
     if told:
         about = folder / f"{args.what}.json"
-        write_json(about, json.loads(about.read_text(encoding="utf-8")) | told)
+        write_json(about, read_json(about) | told)
     bar = tqdm(total=len(todo), desc=args.what, unit="row", delay=2, mininterval=0.1 if sys.stderr.isatty() else 30)
     with bar, (folder / f"{args.what}.jsonl").open("a", encoding="utf-8") as file:
         for chunk in chunks_of(todo, CHUNK):
@@ -420,10 +331,10 @@ def chunks_of(items: list, size: int) -> Iterator[list]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="score_rows.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pruners.score_rows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     whats = ("base_nll", "reference_nll", *SCALES, "cond_gain", "embedding", "less")
-    parser.add_argument("what", choices=whats, metavar="WHAT", help=", ".join(whats))
+    parser.add_argument("what", choices=whats, metavar="FIELD", help=", ".join(whats))
     parser.add_argument("--model", required=True, help="checkpoint folder in Hugging Face layout")
     parser.add_argument("--adapter", help="LoRA adapter on that model, in PEFT's layout")
     parser.add_argument("--data", required=True, help="rows to score, .json or .jsonl")
@@ -439,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         score_file(parser.parse_args(argv))
     except (ValueError, OSError) as error:
-        print(f"score_rows.py: {error}", file=sys.stderr)
+        print(f"pruners.score_rows: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,0 +1,55 @@
+"""Whole files and JSON: a file is written aside and renamed, and an error names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def read_json(path: str | Path) -> object:
+    """The parsed value of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not valid JSON. Both name the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_json(path: str | Path, value: object, indent: int = 2) -> None:
+    """Write a JSON file whole or not at all; its folder is made if it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def append_json(path: str | Path, value: object) -> None:
+    """Append one line to a .jsonl file."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+@contextmanager
+def written_aside(folder: str | Path) -> Iterator[Path]:
+    """A folder to write files into; each is renamed into `folder` once all of them are whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as new:
+        yield Path(new)
+        for file in sorted(Path(new).iterdir(), key=lambda path: path.stat().st_mtime_ns):
+            os.replace(file, folder / file.name)

@@ -1,0 +1,88 @@
+"""Rows end to end, with nothing padded: the linear layers see one long row, attention sees each row alone.
+
+Shapes: B rows, N tokens of all rows, T positions, d head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data.sft import Sample
+from model import Attend, Transformer, attend_rows
+
+
+def packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Groups of row indices with at most max_tokens tokens each, by first fit; a longer row is a group of its own.
+
+    The longest row comes first, in a group and among groups; ties by index.
+    """
+    groups, free = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((g for g, room in enumerate(free) if lengths[i] <= room), None)
+        if place is None:
+            groups.append([])
+            free.append(max_tokens)
+            place = -1
+        groups[place].append(i)
+        free[place] -= lengths[i]
+    return groups
+
+
+def end_to_end(rows: Sequence[list[int]], device: str | torch.device) -> tuple[Tensor, list[int]]:
+    """Token ids of all rows as one row, (1, N) int64, and the length of each."""
+    return torch.tensor([[token for row in rows for token in row]], device=device), [len(row) for row in rows]
+
+
+def pack(samples: Sequence[Sample], device: str | torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """Samples end to end, shifted: label n belongs to the token after input n.
+
+    Returns:
+        input_ids (1, N) int64, labels (N,) int64, and the length of each row (one less than the sample's).
+    """
+    input_ids, lengths = end_to_end([s.input_ids[:-1] for s in samples], device)
+    return input_ids, torch.tensor([label for s in samples for label in s.labels[1:]], device=device), lengths
+
+
+def packed(model: Transformer, lengths: list[int]) -> tuple[Tensor, Attend]:
+    """Positions (1, N) and attention of rows of these lengths, for `Transformer.hidden_states`."""
+    device = model.lm_head.weight.device
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    return position_ids, attend_packed(lengths, model.config.sliding_window, device)
+
+
+def attend_packed(lengths: list[int], window: int | None, device: torch.device) -> Attend:
+    """Causal attention within each of the rows of these lengths, which stand end to end.
+
+    On a GPU in 16 bits it is one varlen_attn call, otherwise one call per row: a mask over all pairs of tokens
+    costs far more.
+    """
+    if len(lengths) == 1:
+        return attend_rows(lengths[0], window, device)
+    each = {length: attend_rows(length, window, device) for length in set(lengths)}
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+            return varlen_attention(q, k, v, ends, max(lengths), window)
+        rows = zip(lengths, *(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([each[length](layer, *qkv) for length, *qkv in rows], dim=2)
+
+    return attend
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, window: int | None) -> Tensor:
+    """`attend_packed` on torch's kernel for rows of unequal length; (1, heads, N, d) in and out."""
+    from torch.nn.attention import varlen  # not in every torch that the rest runs on
+
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, d)
+    options = {"window_size": (-1 if window is None else window - 1, 0)}  # how many are seen to the left, to the right
+    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:  # torch 2.11
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **options).transpose(0, 1)[None]

@@ -1,0 +1,296 @@
+"""Scores of rows under the current weights, shared by all ranks; and the kept samples, packed for training.
+
+`Scorer` answers what a pruner needs. A need is one of
+
+    "ppl", "ent"      a sample's place on the Error-Uncertainty plane (Eq. 4, Eq. 5)
+    "nll"             the NLL of each answer token
+    a function        of the model: (model, samples, pass_tokens, autocast) -> a Tensor for each sample
+    any other text    a field of the data file, or a side file of --scores
+
+Shapes: B samples, A answer tokens of a sample, T label positions of the longest row, H hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from data.sft import Sample
+from model import Transformer
+from qtuning import IGNORE_INDEX, sample_entropy, sample_perplexity
+from training.head import head_nll_and_entropy
+from training.layers import recorded
+from training.packing import pack, packed, packs
+from training.ranks import Ranks
+
+Need = str | Callable[..., list[Tensor]]
+
+
+@torch.no_grad()
+def score(
+    model: Transformer,
+    samples: Sequence[Sample],
+    pass_tokens: int,
+    autocast: AbstractContextManager,
+    outputs: dict[int, list[Tensor]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL and predictive entropy of every answer token, with the current weights (choice C18).
+
+    Args:
+        outputs: filled with each layer's output for sample i, (len(input_ids) - 1, H) each: views of a whole pass.
+    Returns:
+        nll, token_entropy (B, T) float32 and loss_mask (B, T) bool on the CPU; column t belongs to the token after
+        input_ids[t].
+    """
+    model.eval()
+    device, weight = model.lm_head.weight.device, model.lm_head.weight
+    groups = packs([len(s.input_ids) - 1 for s in samples], pass_tokens)
+    parts = []
+    for group in groups:
+        input_ids, labels, lengths = pack([samples[i] for i in group], device)
+        trainable = labels != IGNORE_INDEX
+        layers: list[Tensor] = []
+        run_layer = None if outputs is None else recorded(layers)
+        with autocast:
+            hidden = model.hidden_states(input_ids, *packed(model, lengths), run_layer)[0, trainable]
+            parts.append(torch.stack(head_nll_and_entropy(hidden, weight, labels[trainable])))
+        if outputs is not None:
+            of_rows = zip(*(output[0].split(lengths) for output in layers), strict=True)
+            outputs.update(zip(group, of_rows, strict=True))
+    model.train()
+
+    T = max(len(s.input_ids) for s in samples) - 1
+    rows = [i for group in groups for i in group]  # in the order of the values
+    in_order = torch.zeros(len(samples), T, dtype=torch.bool)
+    for place, i in enumerate(rows):
+        in_order[place, : len(samples[i].labels) - 1] = answer_mask(samples[i])
+    tables = torch.zeros(2, len(samples), T)
+    tables[:, in_order] = torch.cat(parts, dim=1).cpu()
+    back = torch.tensor(rows).argsort()
+    nll, entropy = tables[:, back]
+    return nll, entropy, in_order[back]
+
+
+def answer_mask(sample: Sample) -> Tensor:
+    """T(x): (T,) bool, True on the labels that are trained and that a token precedes."""
+    return torch.tensor(sample.labels[1:]) != IGNORE_INDEX
+
+
+def mean_nll(model: Transformer, samples: Sequence[Sample], pass_tokens: int, autocast) -> Tensor:
+    """Mean NLL of each sample's answer tokens: (B,) float32, nats."""
+    nll, _, loss_mask = score(model, samples, pass_tokens, autocast)
+    return nll.sum(dim=-1) / loss_mask.sum(dim=-1)
+
+
+@dataclasses.dataclass
+class RowScore:
+    """PPL, entropy and token NLL (A,) of one row, and the number of earlier steps that used them."""
+
+    ppl: float
+    ent: float
+    nll: Tensor
+    steps: int = 0
+
+
+class Scorer:
+    """Scores that pruners need, by row. Every rank gets all of them, so that every rank makes the same choice.
+
+    A row is scored when it is first needed in a step; the ranks share the rows of a request. It is forgotten when it
+    has served in `cfg.reuse_scores` steps: at the default of 1, after the step.
+
+    Args:
+        side: need -> row -> value, read from the data file or side files: a scalar, or (A,).
+    """
+
+    def __init__(self, model: Transformer, samples: Sequence[Sample], ranks: Ranks, cfg, autocast, side: dict):
+        self.model, self.samples, self.ranks = model, samples, ranks
+        self.pass_tokens, self.autocast, self.reuse = cfg.pass_tokens, autocast, cfg.reuse_scores
+        self.side = side
+        self.outputs = {} if cfg.reuse_forward else None  # row -> each layer's output, on the rank that scored it
+        self.scores: dict[int, RowScore] = {}
+        self.used: set[int] = set()  # rows whose scores this step has used
+        self.new_step()
+
+    def new_step(self) -> None:
+        """Start a step: the weights have changed."""
+        self._end_step()
+        self.computed: dict[Callable, dict[int, Tensor]] = {}  # needs that are functions of the model
+        self.masks: dict[int, Tensor] = {}
+        self.seconds, self.tokens = 0.0, 0  # what scoring took in this step
+        self.on_plane = False  # whether a need of this step was "ppl" or "ent"
+        if self.outputs is not None:
+            self.outputs.clear()
+
+    def _end_step(self) -> None:
+        """Forget the scores that have served in enough steps."""
+        for row in self.used:
+            self.scores[row].steps += 1
+            if self.scores[row].steps >= self.reuse:
+                del self.scores[row]
+        self.used = set()
+
+    def loss_mask(self, rows: Sequence[int]) -> Tensor:
+        """T(x) of these rows: (B, T) bool."""
+        for row in rows:
+            if row not in self.masks:
+                self.masks[row] = answer_mask(self.samples[row])
+        return pad_sequence([self.masks[row] for row in rows], batch_first=True)
+
+    def per_sample(self, need: Need, rows: Sequence[int]) -> Tensor:
+        """A score of each of these rows: (B,)."""
+        if need in ("ppl", "ent"):
+            self.on_plane = True
+            self._score_missing(rows)
+            return torch.tensor([getattr(self.scores[row], need) for row in rows])
+        return torch.stack(self._values(need, rows))
+
+    def per_token(self, need: Need, rows: Sequence[int]) -> Tensor:
+        """A score of each answer token of these rows: (B, T), 0 elsewhere."""
+        if need == "nll":
+            self._score_missing(rows)
+            values = [self.scores[row].nll for row in rows]
+        else:
+            values = self._values(need, rows)
+        mask = self.loss_mask(rows)
+        return torch.zeros(mask.shape).masked_scatter(mask, torch.cat(values))
+
+    def _values(self, need: Need, rows: Sequence[int]) -> list[Tensor]:
+        if not callable(need):
+            return [self.side[need][row] for row in rows]
+        known = self.computed.setdefault(need, {})
+        missing = [row for row in dict.fromkeys(rows) if row not in known]
+        if missing:
+            known.update(self._shared(missing, lambda some: need(*self._inputs(some))))
+        return [known[row] for row in rows]
+
+    def _score_missing(self, rows: Sequence[int]) -> None:
+        missing = [row for row in dict.fromkeys(rows) if row not in self.scores]
+        if missing:
+            self.scores.update(self._shared(missing, self._score))
+        self.used.update(rows)
+
+    def _inputs(self, rows: list[int]) -> tuple:
+        return self.model, [self.samples[row] for row in rows], self.pass_tokens, self.autocast
+
+    def _score(self, rows: list[int]) -> list[RowScore]:
+        layers = None if self.outputs is None else {}
+        nll, entropy, mask = score(*self._inputs(rows), layers)
+        if layers:
+            self.outputs.update((rows[i], of_row) for i, of_row in layers.items())
+        ppl, ent = sample_perplexity(nll, mask).tolist(), sample_entropy(entropy, mask).tolist()
+        return [RowScore(ppl[i], ent[i], nll[i, mask[i]]) for i in range(len(rows))]
+
+    def _shared(self, rows: list[int], work: Callable[[list[int]], list]) -> dict:
+        """row -> its result, each row computed on one rank, the results on all ranks."""
+        started = time.perf_counter()
+        lengths = [len(self.samples[row].input_ids) for row in rows]
+        mine = [rows[i] for i in self.ranks.share(lengths)]
+        found = dict(self.ranks.gather(list(zip(mine, work(mine) if mine else [], strict=True))))
+        self.tokens += sum(lengths) - len(rows)
+        self.seconds += time.perf_counter() - started
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """The scores that later steps will use again, as tensors for a checkpoint."""
+        self._end_step()
+        rows, scores = list(self.scores), list(self.scores.values())
+        return {
+            "rows": torch.tensor(rows, dtype=torch.int64),
+            "steps": torch.tensor([score.steps for score in scores], dtype=torch.int64),
+            "ppl": torch.tensor([score.ppl for score in scores]),
+            "ent": torch.tensor([score.ent for score in scores]),
+            "nll": torch.cat([score.nll for score in scores]) if scores else torch.zeros(0),
+            "lengths": torch.tensor([len(score.nll) for score in scores], dtype=torch.int64),
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Continue with the scores of a checkpoint."""
+        nll = state["nll"].split(state["lengths"].tolist())
+        fields = zip(*(state[name].tolist() for name in ("rows", "ppl", "ent", "steps")), nll, strict=True)
+        self.scores = {row: RowScore(ppl, ent, values, steps) for row, ppl, ent, steps, values in fields}
+
+
+@dataclasses.dataclass
+class KeptBatch:
+    """Kept samples of one forward and backward pass.
+
+    Attributes:
+        places: their places in the step.
+        counts: the number of kept tokens of each.
+        inputs: the arguments of `TokenLoss`.
+        last:   whether it is this rank's last pass of the step.
+    """
+
+    places: list[int]
+    counts: list[int]
+    inputs: tuple
+    last: bool
+
+
+def kept_batches(
+    cfg, samples: Sequence[Sample], rows: Sequence[int], kept: Tensor, weights: Tensor, scorer: Scorer
+) -> list[KeptBatch]:
+    """This rank's share of the kept samples in as few passes as fit; a rank without any gets one empty pass.
+
+    Args:
+        rows:    (B,) the rows of the step.
+        kept:    (B, T) bool, the tokens in the loss. A sample without one is left out.
+        weights: (B,) each sample's weight in the loss.
+    """
+    ranks, places = scorer.ranks, kept.any(dim=1).nonzero()[:, 0].tolist()
+    lengths = trained_lengths(cfg, samples, rows, kept)
+    mine = [places[i] for i in ranks.share([lengths[place] for place in places])]
+    short = {place: pruned_sample(samples[rows[place]], kept[place], cfg.token_pruning) for place in mine}
+    known = {}  # --reuse-forward: copies of the kept rows' layer outputs, so that the others are freed
+    if scorer.outputs:
+        known = {p: [o.clone() for o in scorer.outputs[rows[p]]] for p in mine if rows[p] in scorer.outputs}
+        scorer.outputs.clear()
+    groups = []
+    for part in ([p for p in mine if p in known], [p for p in mine if p not in known]):
+        groups += [[part[i] for i in group] for group in packs([lengths[p] - 1 for p in part], cfg.pass_tokens)]
+    batches = []
+    for group in groups or [[]]:
+        layers = None
+        if known.keys() & group:
+            layers = [torch.cat(parts) for parts in zip(*(known.pop(p) for p in group), strict=True)]
+        counts = kept[group].sum(dim=1)
+        token_weights = weights[group].float().repeat_interleave(counts).to(ranks.device)
+        inputs = pack([short[p] for p in group] or [NOTHING], ranks.device)
+        batches.append(KeptBatch(group, counts.tolist(), (*inputs, token_weights, layers), False))
+    batches[-1].last = True
+    return batches
+
+
+NOTHING = Sample(id="", input_ids=[0, 0], labels=[IGNORE_INDEX, IGNORE_INDEX])  # the one row of an empty pass
+
+
+def trained_lengths(cfg, samples: Sequence[Sample], rows: Sequence[int], kept: Tensor) -> list[int]:
+    """Tokens of each sample that pass through the model with gradients: (B,), 0 where no token is kept."""
+    lengths = []
+    for row, num_kept in zip(rows, kept.sum(dim=1).tolist(), strict=True):
+        whole = len(samples[row].input_ids)
+        if cfg.token_pruning == "drop":
+            whole = samples[row].labels.count(IGNORE_INDEX) + num_kept
+        lengths.append(whole if num_kept else 0)
+    return lengths
+
+
+def pruned_sample(sample: Sample, kept: Tensor, token_pruning: str) -> Sample:
+    """The sample with only the answer tokens in `kept` (T,) left in the loss, or (drop) in the input as well.
+
+    Choice C13: `mask` leaves the context whole; `drop` shortens the row, and the loss is next-token prediction
+    on what remains.
+    """
+    keeps = [False, *kept.tolist()]  # column t of the mask is token t + 1
+    pairs = list(zip(sample.input_ids, sample.labels, keeps, strict=False))
+    if token_pruning == "drop":
+        pairs = [pair for pair in pairs if pair[1] == IGNORE_INDEX or pair[2]]
+    input_ids = [token for token, _, _ in pairs]
+    labels = [label if keep else IGNORE_INDEX for _, label, keep in pairs]
+    return dataclasses.replace(sample, input_ids=input_ids, labels=labels)
