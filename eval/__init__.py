@@ -1,1 +1,1 @@
-"""Scorers, one file a benchmark (`python -m eval.arc`, ...), what they share, and `eval.compare` for two results."""
+"""Benchmarks, one file each (`python -m eval.arc`, ...), what they share, and `eval.compare` for two results."""

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.tokenizer import TextTokenizer
-from eval import common
+from eval import common, generation
 from model import Transformer
 
 PROTOCOL = {
@@ -111,7 +111,7 @@ def evaluate(
     protocol: str = "paper",
     batch_tokens: int | None = None,
 ) -> dict:
-    """Score the items; see the module's head. batch_tokens: see common.choice_nll.
+    """Score the items; see the module's head. batch_tokens: see generation.choice_nll.
 
     Returns common.result's {task, metric, score (percent), n, interval95, protocol, metrics, ..., items} with
     `dropped`, the number of items that `paper` leaves out. Each item holds id, prompt_id (of the choices' texts),
@@ -124,7 +124,7 @@ def evaluate(
     choices = [scored_ids(item, tokenizer, model.config.max_position_embeddings, protocol) for item in kept]
     # Equal choices are scored once, and so get one and the same number: the first of them wins.
     distinct = [[choice for i, choice in enumerate(row) if choice not in row[:i]] for row in choices]
-    sums = common.choice_nll(model, distinct, batch_tokens)
+    sums = generation.choice_nll(model, distinct, batch_tokens)
     scored = []
     for item, row, unlike, nll_of in zip(kept, choices, distinct, sums, strict=True):
         nll = [nll_of[unlike.index(choice)] for choice in row]
@@ -142,7 +142,7 @@ def evaluate(
         "arc",
         PROTOCOL[protocol],
         scored,
-        also=("acc_norm",) if protocol == "standard" else (),
+        also=("acc_norm",),
         tokens=sum(len(ids) for row in choices for ids, _ in row),
         dropped=len(items) - len(kept),
     )

@@ -16,11 +16,11 @@ Swapping A and B turns the signs of the difference and its interval and changes 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from pathlib import Path
 
 from eval import common
+from eval.statistics import mcnemar_p, paired_interval
+from training.files import read_json, write_json
 
 
 def compare(a: dict, b: dict, metric: str = "correct") -> dict:
@@ -66,26 +66,6 @@ def is_measure(value: object) -> bool:
     return isinstance(value, bool) or (isinstance(value, float) and 0 <= value <= 1)
 
 
-def paired_interval(differences: list[float]) -> tuple[float, float]:
-    """95% bootstrap interval of the mean difference, in points.
-
-    Drawn for the differences and for their negatives, and averaged: which file is called A must not matter."""
-    low, high = common.bootstrap_interval(differences)
-    negative_low, negative_high = common.bootstrap_interval([-difference for difference in differences])
-    return 50 * (low - negative_high), 50 * (high - negative_low)
-
-
-def mcnemar_p(only_a: int, only_b: int) -> float:
-    """Two-sided exact p of McNemar's test: the chance that a fair coin, thrown once for each item that only one side
-    gets right, falls at least this unevenly. 1 when there is no such item."""
-    n = only_a + only_b
-    ways = total = 1  # of k heads, and of k or fewer
-    for k in range(min(only_a, only_b)):
-        ways = ways * (n - k) // (k + 1)
-        total += ways
-    return min(1.0, 2 * total / 2**n)
-
-
 def table(compared: dict) -> str:
     """What a person reads."""
     low, high = compared["interval95"]
@@ -103,12 +83,7 @@ def table(compared: dict) -> str:
 
 def read_result(path: str) -> dict:
     """A result file; ValueError on one that no scorer wrote."""
-    try:
-        whole = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    whole = read_json(path)
     missing = [key for key in ("task", "protocol", "items") if not isinstance(whole, dict) or not whole.get(key)]
     if missing:
         raise ValueError(f"{path}: expected a scorer's result file, got none of its {missing[0]!r}")
@@ -129,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         compared = compare(read_result(args.a), read_result(args.b), args.metric)
         print(table(compared))
         if args.out:
-            common.write_json(args.out, {"a": args.a, "b": args.b, **compared})
+            write_json(args.out, {"a": args.a, "b": args.b, **compared})
 
 
 if __name__ == "__main__":

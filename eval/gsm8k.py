@@ -38,12 +38,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.tokenizer import TextTokenizer
-from eval import common
+from eval import common, generation
 from model import Transformer
 
-SHOTS = {"paper": 4, "standard": 5}
-MAX_NEW_TOKENS = {"paper": 512, "standard": 256}
-STOP = {"paper": ("Question:",), "standard": ("Question:", "</s>", "<|im_end|>")}
+PROTOCOLS = {
+    "paper": common.Protocol(shots=4, max_new_tokens=512, stop=("Question:",)),
+    "standard": common.Protocol(shots=5, max_new_tokens=256, stop=("Question:", "</s>", "<|im_end|>")),
+}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -89,7 +90,7 @@ def prompt(item: Item, exemplars: Sequence[Item] = (), protocol: str = "paper") 
 
 def extract(text: str, protocol: str = "paper") -> str | None:
     """The number that a completion answers with: `paper` as it is written, `standard` by strict-match; None if none."""
-    text = common.cut(text, STOP[protocol])
+    text = generation.cut(text, PROTOCOLS[protocol].stop)
     if protocol == "standard":
         match = STRICT.search(text)
         return match and bare(match[1])
@@ -99,7 +100,7 @@ def extract(text: str, protocol: str = "paper") -> str | None:
 
 def extract_flexible(text: str) -> str | None:
     """The number that a completion answers with, by flexible-extract of protocol `standard`."""
-    numbers = FLEXIBLE.findall(common.cut(text, STOP["standard"]))
+    numbers = FLEXIBLE.findall(generation.cut(text, PROTOCOLS["standard"].stop))
     return bare(numbers[-1]) if numbers else None
 
 
@@ -116,48 +117,20 @@ def is_correct(prediction: str | None, gold: str, protocol: str = "paper") -> bo
     return prediction == gold or abs(float(prediction) - float(gold)) < 1e-6
 
 
-def evaluate(
-    model: Transformer,
-    tokenizer: TextTokenizer,
-    items: Sequence[Item],
-    *,
-    protocol: str = "paper",
-    exemplars: Sequence[Item] = (),
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    **decoding: int,
-) -> dict:
-    """Score the items; see the module's head. max_new_tokens: None takes the protocol's number; decoding: batch_size
-    and seed of common.generate_texts.
+def judge(item: Item, completion: str, protocol: str) -> dict:
+    """{prediction (None: no number), gold, correct}; under `standard` also flexible_prediction and flexible."""
+    prediction = extract(completion, protocol)
+    judged = {"prediction": prediction, "gold": item.gold, "correct": is_correct(prediction, item.gold, protocol)}
+    if protocol == "standard":
+        flexible = extract_flexible(completion)
+        judged |= {"flexible_prediction": flexible, "flexible": is_correct(flexible, item.gold, protocol)}
+    return judged
 
-    Returns common.result's {task, metric, score (percent), n, interval95, protocol, metrics, ..., items} with
-    max_new_tokens and unfinished, the number of texts that a token limit ended. Each item holds id, prompt_id,
-    completion, new_tokens, finished, prediction (None where there is no number), gold and correct; under
-    `standard` also flexible_prediction and flexible (whether that one is right)."""
-    common.check_protocol(protocol)
-    max_new_tokens = max_new_tokens or MAX_NEW_TOKENS[protocol]
-    prompts = [(item.id, prompt(item, exemplars, protocol)) for item in items]
-    generated = common.generate_texts(
-        model, tokenizer, prompts, max_new_tokens, stop=STOP[protocol], temperature=temperature, **decoding
-    )
-    scored = []
-    for item, made in zip(items, generated, strict=True):
-        prediction = extract(made["completion"], protocol)
-        correct = is_correct(prediction, item.gold, protocol)
-        row = {"id": item.id, **made, "prediction": prediction, "gold": item.gold, "correct": correct}
-        if protocol == "standard":
-            flexible = extract_flexible(made["completion"])
-            row |= {"flexible_prediction": flexible, "flexible": is_correct(flexible, item.gold, protocol)}
-        scored.append(row)
-    return common.result(
-        "gsm8k",
-        common.how(protocol, len(exemplars), temperature),
-        scored,
-        also=("flexible",) if protocol == "standard" else (),
-        tokens=sum(made["new_tokens"] for made in generated),
-        max_new_tokens=max_new_tokens,
-        unfinished=sum(not made["finished"] for made in generated),
-    )
+
+def evaluate(model: Transformer, tokenizer: TextTokenizer, items: Sequence[Item], **settings) -> dict:
+    """The result for these items; generation.evaluate explains the settings. Under `standard`, metrics has flexible."""
+    parts = {"protocols": PROTOCOLS, "prompt": prompt, "judge": judge}
+    return generation.evaluate("gsm8k", model, tokenizer, items, **parts, also=("flexible",), **settings)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         data="data/tiny/gsm8k_test.jsonl",
         read_items=read_items,
         evaluate=evaluate,
-        shots=SHOTS,
+        protocols=PROTOCOLS,
     )
 
 

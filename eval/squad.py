@@ -38,16 +38,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.tokenizer import TextTokenizer, json_kind
-from eval import common
+from eval import common, generation
+from eval.statistics import measure
 from eval.text import first_phrase, plain_words
 from model import Transformer
 
 IMPOSSIBLE = "impossible to answer"
 UNANSWERABLE = "unanswerable"
 INSTRUCTION = f"Using the passage above, give a short answer, or say `{IMPOSSIBLE}` if the passage does not hold it:"
-SHOTS = {"paper": 0, "standard": 0}
-MAX_NEW_TOKENS = {"paper": 50, "standard": 256}
-STOP = ("\n",)
+PROTOCOLS = {
+    "paper": common.Protocol(shots=0, max_new_tokens=50, stop=("\n",)),
+    "standard": common.Protocol(shots=0, max_new_tokens=256, stop=("\n",)),
+}
 
 
 @dataclass(frozen=True)
@@ -201,53 +203,26 @@ def f1(first: str, second: str) -> float:
 # --- scoring ---------------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    model: Transformer,
-    tokenizer: TextTokenizer,
-    items: Sequence[Item],
-    *,
-    protocol: str = "paper",
-    exemplars: Sequence[Item] = (),
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    **decoding: int,
-) -> dict:
-    """Score the items; see the module's head. max_new_tokens: None takes the protocol's number; decoding: batch_size
-    and seed of common.generate_texts.
+def judge(item: Item, completion: str, protocol: str) -> dict:
+    """{prediction, gold (the references), correct (exact match), answerable}; under `standard` also f1, in [0, 1]."""
+    prediction = extract(completion, protocol)
+    judged = {"prediction": prediction, "gold": list(references(item, protocol))}
+    judged |= {"correct": is_correct(prediction, item, protocol), "answerable": bool(item.answers)}
+    return judged | {"f1": best_f1(prediction, item)} if protocol == "standard" else judged
 
-    Returns common.result with max_new_tokens and unfinished, the number of texts that a token limit ended; metrics
-    has HasAns_exact and NoAns_exact, under `standard` also f1, HasAns_f1 and NoAns_f1. Each item holds id, prompt_id,
-    completion, new_tokens, finished, prediction, gold (the references), correct (exact match), answerable and, under
-    `standard`, f1 (0 to 1)."""
-    common.check_protocol(protocol)
-    max_new_tokens = max_new_tokens or MAX_NEW_TOKENS[protocol]
-    prompts = [(item.id, prompt(item, exemplars, protocol)) for item in items]
-    generated = common.generate_texts(
-        model, tokenizer, prompts, max_new_tokens, stop=STOP, temperature=temperature, **decoding
-    )
-    scored = []
-    for item, made in zip(items, generated, strict=True):
-        prediction = extract(made["completion"], protocol)
-        row = {"id": item.id, **made, "prediction": prediction, "gold": list(references(item, protocol))}
-        row |= {"correct": is_correct(prediction, item, protocol), "answerable": bool(item.answers)}
-        if protocol == "standard":
-            row["f1"] = best_f1(prediction, item)
-        scored.append(row)
-    whole = common.result(
-        "squad",
-        common.how(protocol, len(exemplars), temperature),
-        scored,
-        metric="exact",
-        also=("f1",) if protocol == "standard" else (),
-        tokens=sum(made["new_tokens"] for made in generated),
-        max_new_tokens=max_new_tokens,
-        unfinished=sum(not made["finished"] for made in generated),
-    )
+
+def evaluate(model: Transformer, tokenizer: TextTokenizer, items: Sequence[Item], **settings) -> dict:
+    """The result for these items; generation.evaluate explains the settings.
+
+    metrics has HasAns_exact and NoAns_exact; under `standard` also f1, HasAns_f1 and NoAns_f1.
+    """
+    parts = {"protocols": PROTOCOLS, "prompt": prompt, "judge": judge}
+    whole = generation.evaluate("squad", model, tokenizer, items, **parts, metric="exact", also=("f1",), **settings)
     for split, answerable in (("HasAns", True), ("NoAns", False)):
-        rows = [row for row in scored if row["answerable"] == answerable]
+        rows = [row for row in whole["items"] if row["answerable"] == answerable]
         for metric, key in (("exact", "correct"), ("f1", "f1")):
             if rows and key in rows[0]:
-                whole["metrics"][f"{split}_{metric}"] = common.measure([row[key] for row in rows])
+                whole["metrics"][f"{split}_{metric}"] = measure([row[key] for row in rows])
     return whole
 
 
@@ -259,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         data=None,
         read_items=read_items,
         evaluate=evaluate,
-        shots=SHOTS,
+        protocols=PROTOCOLS,
     )
 
 

@@ -37,14 +37,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.tokenizer import TextTokenizer
-from eval import common
+from eval import common, generation
 from eval.text import first_phrase, plain_words
 from model import Transformer
 
 INSTRUCTION = "Reply to the question with as few words as you can, and let the reply begin with 'The answer is '."
-SHOTS = {"paper": 0, "standard": 0}
-MAX_NEW_TOKENS = {"paper": 50, "standard": 256}
-STOP = {"paper": (), "standard": ("\n", ".", ",")}  # paper: the first line may be blank, so a newline ends nothing
+PROTOCOLS = {
+    "paper": common.Protocol(shots=0, max_new_tokens=50, stop=()),  # no newline: the first line may be blank
+    "standard": common.Protocol(shots=0, max_new_tokens=256, stop=("\n", ".", ",")),
+}
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def question_text(item: Item, protocol: str) -> str:
 def extract(text: str, protocol: str) -> str:
     """The prediction in a generated text; empty where there is none."""
     if protocol == "standard":
-        return common.cut(text, STOP["standard"]).strip()
+        return generation.cut(text, PROTOCOLS["standard"].stop).strip()
     line = text.strip().split("\n")[0].lower()
     for lead in ("answer is", "a:", "answer:"):
         line = line.split(lead)[-1]
@@ -158,44 +159,23 @@ def always_correct(item: Item) -> bool:
 # --- scoring ---------------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    model: Transformer,
-    tokenizer: TextTokenizer,
-    items: Sequence[Item],
-    *,
-    protocol: str = "paper",
-    exemplars: Sequence[Item] = (),
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    **decoding: int,
-) -> dict:
-    """Score the items; see the module's head. max_new_tokens: None takes the protocol's number; decoding: batch_size
-    and seed of common.generate_texts.
+def judge(item: Item, completion: str, protocol: str) -> dict:
+    """{prediction, gold (the aliases), correct}."""
+    prediction = extract(completion, protocol)
+    return {"prediction": prediction, "gold": list(item.aliases), "correct": is_correct(prediction, item, protocol)}
 
-    Returns common.result with max_new_tokens and unfinished, the number of texts that a token limit ended; under
-    `paper` also always_correct, the number of items that any text gets right. Each item holds id, prompt_id,
-    completion, new_tokens, finished, prediction, gold (the aliases) and correct."""
-    common.check_protocol(protocol)
-    max_new_tokens = max_new_tokens or MAX_NEW_TOKENS[protocol]
-    prompts = [(item.id, prompt(item, exemplars, protocol)) for item in items]
-    generated = common.generate_texts(
-        model, tokenizer, prompts, max_new_tokens, stop=STOP[protocol], temperature=temperature, **decoding
-    )
-    scored = []
-    for item, made in zip(items, generated, strict=True):
-        prediction = extract(made["completion"], protocol)
-        right = is_correct(prediction, item, protocol)
-        scored.append({"id": item.id, **made, "prediction": prediction, "gold": list(item.aliases), "correct": right})
-    return common.result(
-        "triviaqa",
-        common.how(protocol, len(exemplars), temperature),
-        scored,
-        metric="contains an alias" if protocol == "paper" else "exact",
-        tokens=sum(made["new_tokens"] for made in generated),
-        max_new_tokens=max_new_tokens,
-        unfinished=sum(not made["finished"] for made in generated),
-        **({"always_correct": sum(map(always_correct, items))} if protocol == "paper" else {}),
-    )
+
+def evaluate(
+    model: Transformer, tokenizer: TextTokenizer, items: Sequence[Item], *, protocol: str = "paper", **settings
+) -> dict:
+    """The result for these items; generation.evaluate explains the settings.
+
+    Under `paper` it has always_correct, the number of items that any text answers correctly.
+    """
+    parts = {"protocols": PROTOCOLS, "protocol": protocol, "prompt": prompt, "judge": judge}
+    metric = "contains an alias" if protocol == "paper" else "exact"
+    whole = generation.evaluate("triviaqa", model, tokenizer, items, **parts, metric=metric, **settings)
+    return whole | {"always_correct": sum(map(always_correct, items))} if protocol == "paper" else whole
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -206,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         data=None,
         read_items=read_items,
         evaluate=evaluate,
-        shots=SHOTS,
+        protocols=PROTOCOLS,
     )
 
 
