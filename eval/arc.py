@@ -5,22 +5,22 @@
 Protocol `paper` (OpenCompass ARC_{e,c}_ppl, the harness of the paper; zero-shot, no chat template):
   - Items that do not have exactly four choices are dropped, and counted. The paper's sets are the DEV splits:
     567 of the 570 easy and 295 of the 299 challenge items.
-  - Each choice makes one text, `Question: {question}\\nAnswer: \\n{choice text}`: a space stands before the second
-    newline, and no letter before the choice. The tokenizer adds BOS if it does so by default.
-  - A choice's score is the mean NLL over ALL tokens of that text but the first, the question's included.
+  - Each choice makes one text, `Question: {question}\\nAnswer: \\n{choice text}`, with a space before the second
+    newline and no letter before the choice. The tokenizer adds BOS if that is its default.
+  - The score of a choice is the mean NLL of ALL tokens of that text but the first, including the question's.
     The smallest wins; of equal ones the first.
 
 Protocol `standard` (lm-evaluation-harness arc_easy and arc_challenge; zero-shot, no chat template):
-  - All items are kept; three to five choices occur. The figures that the field quotes are of the TEST splits.
-  - The text is `Question: {question}\\nAnswer: {choice text}`. Only the choice counts: the tokens that come after
-    those of `Question: {question}\\nAnswer:`.
+  - All items are kept; they have three to five choices. The numbers that the field quotes are of the TEST splits.
+  - The text is `Question: {question}\\nAnswer: {choice text}`. Only the choice counts: the tokens after those of
+    `Question: {question}\\nAnswer:`.
   - acc, the score: the smallest summed NLL wins. acc_norm, in `metrics`: the smallest sum divided by the number of
-    characters of the choice. Of equal ones the first.
+    characters of the choice. Of equal ones the first wins.
 
-Gold is the place of answerKey in the item's own labels (A-E or 1-4). The score is the percentage right.
+Gold is the position of answerKey in the item's own labels (A-E or 1-4). The score is the percentage of correct items.
 
 Rows: {id, question: {stem, choices: [{text, label}, ...]}, answerKey}, as the Allen Institute publishes them, or
-{id, question, choices: {text: [...], label: [...]}, answerKey}, as they stand on the Hugging Face hub.
+{id, question, choices: {text: [...], label: [...]}, answerKey}, as on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from data.tokenizer import TextTokenizer
 from eval import common, generation
 from model import Transformer
 
-PROTOCOL = {
+DESCRIPTION = {
     "paper": "paper, 0-shot, mean NLL of the whole text",
     "standard": "standard, 0-shot, summed NLL of the choice",
 }
@@ -46,16 +46,25 @@ class Item:
     question: str
     choices: tuple[str, ...]
     labels: tuple[str, ...]  # of the choices, as the file has them
-    gold: int  # index of the right choice
+    gold: int  # index of the correct choice
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """Every row of the file, of any number of choices. Raises FileNotFoundError, or ValueError naming file:line."""
+    """The items of a file, with any number of choices.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a row is unusable; the message names file, line and key.
+    """
     return common.read_items(path, parse_item)
 
 
 def parse_item(row: dict, id: str) -> Item:
-    """One row of either form; ValueError on a missing key, odd choices, or an answerKey that is no choice's label."""
+    """The item of a row in either form.
+
+    Raises:
+        ValueError: a key is missing, the choices are unusable, or answerKey is not the label of exactly one choice.
+    """
     question, choices = row.get("question"), row.get("choices")
     if isinstance(question, dict):
         stem, choices = common.text_field(question, "stem"), question.get("choices")
@@ -73,23 +82,27 @@ def parse_item(row: dict, id: str) -> Item:
     labels = tuple(common.text_field(choice, "label") for choice in choices)
     answer = common.text_field(row, "answerKey")
     if labels.count(answer) != 1:
-        raise ValueError(f"answerKey {answer!r}: expected one of the labels to be it, got {list(labels)}")
+        raise ValueError(f"answerKey {answer!r}: expected it once among the labels, got {list(labels)}")
     return Item(id, stem, texts, labels, labels.index(answer))
 
 
 def prompt(item: Item, protocol: str = "paper") -> str:
-    """What stands before each choice."""
+    """The text before each choice."""
     return f"Question: {item.question}\nAnswer:" + (" " if protocol == "standard" else " \n")
 
 
 def choice_texts(item: Item, protocol: str = "paper") -> list[str]:
-    """The text that is scored for each choice."""
+    """The text of each choice, with the question."""
     return [prompt(item, protocol) + choice for choice in item.choices]
 
 
 def scored_ids(item: Item, tokenizer: TextTokenizer, context: int, protocol: str) -> list[tuple[list[int], int]]:
-    """For each choice the tokens of its text, and the place of the first that counts."""
-    # the space before a choice belongs to the choice, as tokenizers have it
+    """For each choice, the token ids of its text and the index of the first that counts.
+
+    Raises:
+        ValueError: a text has fewer than 2 tokens or more than `context`.
+    """
+    # Tokenizers put the space before a choice into the token of the choice.
     before = tokenizer.encode(prompt(item, protocol).rstrip()) if protocol == "standard" else []
     choices = []
     for text in choice_texts(item, protocol):
@@ -111,18 +124,23 @@ def evaluate(
     protocol: str = "paper",
     batch_tokens: int | None = None,
 ) -> dict:
-    """Score the items; see the module's head. batch_tokens: see generation.choice_nll.
+    """The result for these items: common.result with `dropped`, the number of items that `paper` leaves out.
 
-    Returns common.result's {task, metric, score (percent), n, interval95, protocol, metrics, ..., items} with
-    `dropped`, the number of items that `paper` leaves out. Each item holds id, prompt_id (of the choices' texts),
-    prediction and gold (labels), correct, and nll of every choice: under `paper` the mean, under `standard` the
-    sum; there also prediction_norm and acc_norm (whether that one is right)."""
+    Each item holds id, prompt_id (of the texts of its choices), prediction and gold (labels), correct, and nll, one
+    number per choice: the mean under `paper`, the sum under `standard`. With `standard` it also holds prediction_norm
+    and acc_norm (whether that one is correct), and metrics has acc_norm.
+
+    Args:
+        batch_tokens: see generation.choice_nll.
+    Raises:
+        ValueError: no such protocol, no item is left, or a text is too long for the model's context.
+    """
     common.check_protocol(protocol)
     kept = [item for item in items if protocol == "standard" or len(item.choices) == 4]
     if not kept:
         raise ValueError(f"none of the {len(items)} items has exactly four choices")
     choices = [scored_ids(item, tokenizer, model.config.max_position_embeddings, protocol) for item in kept]
-    # Equal choices are scored once, and so get one and the same number: the first of them wins.
+    # Equal choices are scored once and so have exactly the same NLL: the first of them wins.
     distinct = [[choice for i, choice in enumerate(row) if choice not in row[:i]] for row in choices]
     sums = generation.choice_nll(model, distinct, batch_tokens)
     scored = []
@@ -140,7 +158,7 @@ def evaluate(
         scored.append({**made, "nll": nll})
     return common.result(
         "arc",
-        PROTOCOL[protocol],
+        DESCRIPTION[protocol],
         scored,
         also=("acc_norm",),
         tokens=sum(len(ids) for row in choices for ids, _ in row),

@@ -1,16 +1,15 @@
-"""Two result files of one task, item by item: is B better than A, or could it be luck?
+"""Comparison of two result files of one task, item by item: is B better than A, or could it be chance?
 
     python -m eval.compare A.json B.json [--metric correct] [--out FILE.json]
 
-The files must hold the same items under the same protocol: items are paired by id, and their prompts must be the
-same too. Printed, and with --out written:
-  - the difference of the scores, B - A, in points, with a 95% paired bootstrap interval: the items' differences
+The files must hold the same items under the same protocol: items are paired by id, and their prompts must be equal.
+Printed, and written with --out:
+  - the difference of the scores, B - A, in points, with a 95% paired bootstrap interval: the differences of the items
     are resampled 10,000 times;
-  - for a metric of right and wrong, the four cells, and McNemar's exact p: if A and B were equally good, how often
-    would the items that only one of them gets right fall at least this unevenly? (Two-sided binomial test.)
+  - for a metric of bools, the four cells and McNemar's exact p (statistics.mcnemar_p).
 
 --metric names another key of the items: `acc_norm` (ARC), `flexible` (GSM8K), `f1` (SQuAD), ...
-Swapping A and B turns the signs of the difference and its interval and changes nothing else.
+Swapping A and B changes the signs of the difference and its interval, and nothing else.
 """
 
 from __future__ import annotations
@@ -24,11 +23,15 @@ from training.files import read_json, write_json
 
 
 def compare(a: dict, b: dict, metric: str = "correct") -> dict:
-    """{task, protocol, metric, n, score_a, score_b, difference, interval95}, scores and differences in percent; for a
-    metric of bools also both_right, only_a, only_b, both_wrong and mcnemar_p.
+    """{task, protocol, metric, n, score_a, score_b, difference, interval95}; scores in percent.
 
-    a, b: result files, parsed. Raises ValueError on another task, protocol or set of items, by name, and on items
-    without that metric."""
+    A metric of bools also has both_right, only_a, only_b, both_wrong and mcnemar_p.
+
+    Args:
+        a, b: result files, parsed.
+    Raises:
+        ValueError: task, protocol, items or prompts differ, or an item lacks the metric.
+    """
     for key in ("task", "protocol"):
         if a[key] != b[key]:
             raise ValueError(f"expected results of one {key}, got {a[key]!r} and {b[key]!r}")
@@ -62,12 +65,12 @@ def compare(a: dict, b: dict, metric: str = "correct") -> dict:
 
 
 def is_measure(value: object) -> bool:
-    """Whether a value of an item tells how good it is: right or wrong, or a number from 0 to 1."""
+    """Whether a value of an item is a score: a bool, or a float in [0, 1]."""
     return isinstance(value, bool) or (isinstance(value, float) and 0 <= value <= 1)
 
 
 def table(compared: dict) -> str:
-    """What a person reads."""
+    """The comparison as lines of text."""
     low, high = compared["interval95"]
     lines = [
         f"{compared['task']}, {compared['metric']}, n {compared['n']}  ({compared['protocol']})",
@@ -82,11 +85,16 @@ def table(compared: dict) -> str:
 
 
 def read_result(path: str) -> dict:
-    """A result file; ValueError on one that no scorer wrote."""
+    """A result file, parsed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not the result file of a benchmark.
+    """
     whole = read_json(path)
     missing = [key for key in ("task", "protocol", "items") if not isinstance(whole, dict) or not whole.get(key)]
     if missing:
-        raise ValueError(f"{path}: expected a scorer's result file, got none of its {missing[0]!r}")
+        raise ValueError(f"{path}: expected the result file of a benchmark, got no {missing[0]!r}")
     for i, item in enumerate(whole["items"]):
         if not isinstance(item, dict) or not {"id", "prompt_id"} <= item.keys():
             raise ValueError(f"{path}: items[{i}]: expected an object with the keys id and prompt_id")
@@ -95,10 +103,10 @@ def read_result(path: str) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="eval.compare", description="Compare two result files item by item.")
-    parser.add_argument("a", metavar="A.json", help="result file of a scorer's --out")
-    parser.add_argument("b", metavar="B.json", help="another, of the same items")
-    parser.add_argument("--metric", default="correct", help="key of the items to compare; %(default)s")
-    parser.add_argument("--out", help="write the comparison here too (JSON)")
+    parser.add_argument("a", metavar="A.json", help="result file (--out) of a benchmark")
+    parser.add_argument("b", metavar="B.json", help="another one, of the same items")
+    parser.add_argument("--metric", default="correct", help="key of the items to compare; default: %(default)s")
+    parser.add_argument("--out", help="also write the comparison to this file (JSON)")
     args = parser.parse_args(argv)
     with common.errors_in_one_line(parser.prog):
         compared = compare(read_result(args.a), read_result(args.b), args.metric)

@@ -16,16 +16,18 @@ from qtuning import sample_entropy, sample_perplexity
 from training.packing import packs
 from training.scoring import score
 
-SCORERS = ("arc", "gsm8k", "math", "squad", "triviaqa")
+BENCHMARKS = ("arc", "gsm8k", "math", "squad", "triviaqa")
 
 
 def read_eval_sets(cfg, tokenizer: TextTokenizer) -> dict[str, tuple]:
-    """Task -> (its scorer's `evaluate`, items) of --eval-sets; empty without --eval-every.
+    """Task -> (the `evaluate` of its benchmark, items) of --eval-sets; empty without --eval-every.
 
-    `rows` has no scorer and goes to `rows_scores`: rows in any form of --data, under the run's template and length.
+    The task `rows` has None and Samples, for `rows_scores`: held-out rows in any form of --data, in the template and
+    length of the run.
 
     Raises:
-        ValueError: no set, no such task, or a row that its scorer refuses. FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
+        ValueError: there is no set, no such task, or a row is unusable.
     """
     sets = {}
     if cfg.eval_every:
@@ -33,14 +35,14 @@ def read_eval_sets(cfg, tokenizer: TextTokenizer) -> dict[str, tuple]:
             raise ValueError("--eval-every needs --eval-sets TASK=FILE,...")
         for part in cfg.eval_sets.split(","):
             task, _, path = part.partition("=")
-            tasks = (*SCORERS, "rows")
+            tasks = (*BENCHMARKS, "rows")
             if task not in tasks or not path:
                 raise ValueError(f"--eval-sets: expected TASK=FILE with TASK one of {', '.join(tasks)}, got {part!r}")
             if task == "rows":
                 evaluate, items = None, load_samples(path, tokenizer, cfg.template, cfg.max_length)[0]
             else:
-                scorer = importlib.import_module(f"eval.{task}")
-                evaluate, items = scorer.evaluate, scorer.read_items(path)
+                benchmark = importlib.import_module(f"eval.{task}")
+                evaluate, items = benchmark.evaluate, benchmark.read_items(path)
             sets[task] = evaluate, items[: cfg.eval_limit]
     return sets
 
@@ -49,8 +51,8 @@ def rows_scores(model: Transformer, samples: Sequence[Sample], pass_tokens: int,
     """Loss, perplexity and entropy of held-out rows, without gradients; all ranks share the work.
 
     Returns:
-        rows_nll: the summed NLL over the number of answer tokens of all rows, nats; rows_ppl, rows_ent: the means
-        over rows of Eq. 4 and of Eq. 5.
+        rows_nll: the mean NLL of the answer tokens of all rows, nats; rows_ppl, rows_ent: the means over rows of Eq. 4
+        and Eq. 5.
     Source: Figure 8.
     """
 
@@ -71,7 +73,7 @@ def eval_scores(
     """eval_TASK -> percent for every set, and eval_rows_... of `rows_scores`; all ranks share the work."""
     scores = {}
     for task, (evaluate, items) in sets.items():
-        model.eval()  # for each: scoring rows ends in train()
+        model.eval()  # for each set: `rows_scores` leaves the model in train mode
         if task == "rows":
             found = rows_scores(model, items, pass_tokens, autocast)
         else:

@@ -30,8 +30,8 @@ LOGITS_AT_ONCE = 2**24  # fp32 logits alive at one time: 64 MiB
 class KVCache:
     """Keys and values of every layer; slot p of row b holds position p of that row.
 
-    Rows of different lengths lie side by side. Each writes at its own positions and sees no slot after them, so
-    that what the padding of a shorter row wrote is overwritten before it can be read.
+    Rows of different lengths lie side by side. Each writes at its own positions and sees no slot after them. So the
+    keys and values of padding are overwritten before they can be read.
     """
 
     def __init__(self, model: Transformer, rows: int, slots: int):
@@ -53,13 +53,13 @@ class KVCache:
         rows = torch.arange(len(position_ids), device=position_ids.device)[:, None]
         seen = visible(position_ids, slots, self.window)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend_layer(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
             keys[rows, :, position_ids] = k.transpose(1, 2)
             values[rows, :, position_ids] = v.transpose(1, 2)
             return attention(q, keys[:, :, :slots], values[:, :, :slots], seen)
 
-        return attend
+        return attend_layer
 
     def take_rows(self, rows: list[int]) -> None:
         """Make these the rows of the cache, in this order; a row may be left out, or be there several times."""
@@ -196,8 +196,8 @@ def _pick(logits: Tensor, rows: list[int], temperature: float, generators: list[
     probabilities = (logits / temperature).softmax(-1)
     if generators is None:
         return torch.multinomial(probabilities, 1)[:, 0].tolist()
-    drawn = zip(probabilities, rows, strict=True)
-    return torch.cat([torch.multinomial(of_row, 1, generator=generators[row]) for of_row, row in drawn]).tolist()
+    pairs = zip(probabilities, rows, strict=True)
+    return torch.cat([torch.multinomial(p, 1, generator=generators[row]) for p, row in pairs]).tolist()
 
 
 # --- texts -----------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def generate_texts(
                 f"item {name}: its prompt of {len(row)} tokens leaves no room in the model's context of {context}"
             )
     # Only rows with the same limit share a batch, so that no result depends on the lengths of other rows.
-    order = sorted(range(len(ids)), key=lambda i: (-limits[i], len(ids[i])))
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # and so by limit, the largest first
     groups = []
     for _, same_limit in itertools.groupby(order, key=lambda i: limits[i]):
         rows = list(same_limit)
@@ -283,13 +283,13 @@ def cut(text: str, stop: Sequence[str]) -> str:
 
 def evaluate(
     task: str,
+    protocols: dict[str, Protocol],
+    prompt: Callable[..., str],
+    judge: Callable[..., dict],
     model: Transformer,
     tokenizer: TextTokenizer,
     items: Sequence,
     *,
-    protocols: dict[str, Protocol],
-    prompt: Callable[..., str],
-    judge: Callable[..., dict],
     metric: str = "accuracy",
     also: Sequence[str] = (),
     protocol: str = "paper",

@@ -1,33 +1,34 @@
-"""GSM8K: grade-school maths, generated and compared by a number.
+"""GSM8K: grade-school maths problems; generated, and compared by a number.
 
     python -m eval.gsm8k --model DIR --data test.jsonl --exemplars train.jsonl --out result.json
 
 Protocol `paper` (OpenCompass gsm8k_gen, the harness of the paper; no chat template):
-  - The prompt is `Question: {question}\\nLet's think step by step\\nAnswer:`. Before it stand 4 worked questions:
-    the same text of the exemplar's question, then its reasoning, `The answer is N` and an empty line, each on
-    lines of its own. The paper's harness has four of its own, none of GSM8K's; here they are the first rows of
-    --exemplars, without their calculator annotations. Without that flag there are none: `protocol` in the result
-    says how many there were.
-  - Up to 512 new tokens, or as many as the model's context has room for. A text is cut at `Question:`, where a
-    model starts to make up the next question (and is stopped here, to save time).
-  - The prediction is the last match of -?\\d+(\\.\\d+)? in the text. Commas, units and operators are not
-    understood: `1,000` is read as 000, `16-3` as -3, `10.` as 10.
-  - Right if the prediction and gold are equal as strings, or differ by less than 1e-6 as numbers.
+  - The prompt is `Question: {question}\\nLet's think step by step\\nAnswer:`. 4 worked questions come before it: the
+    same text for the exemplar's question, then its reasoning, `The answer is N` and an empty line, on lines of their
+    own. The paper's harness has four of its own, which are not from GSM8K. Here they are the first rows of
+    --exemplars, without calculator annotations. Without that flag the prompt is 0-shot; `protocol` in the result
+    says which it was.
+  - Up to 512 new tokens, or as many as the model's context has room for. A text ends before `Question:`, where a
+    model begins to invent the next question.
+  - The prediction is the last match of -?\\d+(\\.\\d+)? in the text. Commas, units and operators are not parsed:
+    `1,000` is read as 000, `16-3` as -3, `10.` as 10.
+  - A prediction is correct if it equals gold as a string, or differs from it by less than 1e-6 as a number.
 
 Protocol `standard` (lm-evaluation-harness gsm8k, version 3; no chat template):
-  - The prompt is `Question: {question}\\nAnswer:`. Before it stand 5 train rows in the same form, each with its
-    answer as the file has it, annotations and `#### N` included, then an empty line. The harness draws the five
-    at random; here they are the first of --exemplars.
+  - The prompt is `Question: {question}\\nAnswer:`. 5 train rows come before it in the same form, each with its answer
+    and an empty line. The answer is as the file has it, with annotations and `#### N`. The harness draws the five at
+    random; here they are the first of --exemplars.
   - Up to 256 new tokens; a text ends before `Question:`, `</s>` or `<|im_end|>`.
-  - strict-match, the score: the first match of `#### (-?[0-9.,]+)`. flexible-extract, in `metrics`: the last
-    match of -?[$0-9.,]{2,} or -?[0-9]+.
-  - Right if prediction and gold are the same string, once commas, `$` and a last full stop are taken out of both.
+  - strict-match, the score: the first match of `#### (-?[0-9.,]+)`. flexible-extract, in `metrics`: the last match of
+    -?[$0-9.,]{2,} or -?[0-9]+.
+  - A prediction is correct if it is the same string as gold, after commas, `$` and a final full stop are removed from
+    both.
 
-Under both, gold is what follows `#### `, commas removed, and the score is the percentage right. Decoding is
-greedy. (The authors' harness seems to have sampled at temperature 1, by the defaults of its engine: that is
---temperature 1. Greedy can be repeated, and does not mix luck into the score.)
+Under both, gold is what follows `#### `, without commas, and the score is the percentage of correct answers. Decoding
+is greedy. (The authors' harness seems to have sampled at temperature 1, the default of its engine: that is
+--temperature 1. A greedy score is repeatable, and chance does not enter it.)
 
-Rows: {question, answer}, the answer's reasoning ending in `#### N`; `id` if there is one, else the row number from 0.
+Rows: {question, answer}, where the answer's reasoning ends in `#### N`; the default `id` is the row number, from 0.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator steps, "<<48/2=24>>
 class Item:
     id: str
     question: str
-    answer: str  # reasoning, '#### ' and the number, as the file has them
+    answer: str  # the reasoning, '#### ' and the number, as the file has them
     gold: str  # the number, without commas
 
     @property
@@ -65,12 +66,21 @@ class Item:
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """Every row of the file. Raises FileNotFoundError, or ValueError naming file:line and key."""
+    """The items of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a row is unusable; the message names file, line and key.
+    """
     return common.read_items(path, parse_item)
 
 
 def parse_item(row: dict, id: str) -> Item:
-    """One row; ValueError on a missing key, or an answer that does not end in `#### ` and a number."""
+    """The item of a row.
+
+    Raises:
+        ValueError: a key is missing, or the answer does not end in `#### ` and a number.
+    """
     question, answer = common.text_field(row, "question"), common.text_field(row, "answer")
     _, marker, gold = answer.partition("#### ")
     gold = gold.replace(",", "").strip()
@@ -80,7 +90,7 @@ def parse_item(row: dict, id: str) -> Item:
 
 
 def prompt(item: Item, exemplars: Sequence[Item] = (), protocol: str = "paper") -> str:
-    """The text that the model continues: the exemplars, answered, then the item's question."""
+    """The text that the model continues: each exemplar with its answer, then the question."""
     if protocol == "standard":
         before = "".join(f"Question: {e.question}\nAnswer: {e.answer}\n\n" for e in exemplars)
         return f"{before}Question: {item.question}\nAnswer:"
@@ -89,7 +99,7 @@ def prompt(item: Item, exemplars: Sequence[Item] = (), protocol: str = "paper") 
 
 
 def extract(text: str, protocol: str = "paper") -> str | None:
-    """The number that a completion answers with: `paper` as it is written, `standard` by strict-match; None if none."""
+    """The number in a completion, by the rule of `paper` or by strict-match of `standard`; None where there is none."""
     text = generation.cut(text, PROTOCOLS[protocol].stop)
     if protocol == "standard":
         match = STRICT.search(text)
@@ -99,17 +109,18 @@ def extract(text: str, protocol: str = "paper") -> str | None:
 
 
 def extract_flexible(text: str) -> str | None:
-    """The number that a completion answers with, by flexible-extract of protocol `standard`."""
+    """The number in a completion, by flexible-extract of `standard`; None where there is none."""
     numbers = FLEXIBLE.findall(generation.cut(text, PROTOCOLS["standard"].stop))
     return bare(numbers[-1]) if numbers else None
 
 
 def bare(number: str) -> str | None:
-    """Without commas, `$` and a last full stop; None where nothing is left."""
+    """The number without commas, `$` and a final full stop; None where nothing is left."""
     return number.replace(",", "").replace("$", "").removesuffix(".") or None
 
 
 def is_correct(prediction: str | None, gold: str, protocol: str = "paper") -> bool:
+    """Whether the prediction equals gold, as the protocol compares numbers."""
     if prediction is None:
         return False
     if protocol == "standard":
@@ -118,7 +129,7 @@ def is_correct(prediction: str | None, gold: str, protocol: str = "paper") -> bo
 
 
 def judge(item: Item, completion: str, protocol: str) -> dict:
-    """{prediction (None: no number), gold, correct}; under `standard` also flexible_prediction and flexible."""
+    """{prediction (None without a number), gold, correct}; under `standard` also flexible_prediction and flexible."""
     prediction = extract(completion, protocol)
     judged = {"prediction": prediction, "gold": item.gold, "correct": is_correct(prediction, item.gold, protocol)}
     if protocol == "standard":
@@ -128,9 +139,10 @@ def judge(item: Item, completion: str, protocol: str) -> dict:
 
 
 def evaluate(model: Transformer, tokenizer: TextTokenizer, items: Sequence[Item], **settings) -> dict:
-    """The result for these items; generation.evaluate explains the settings. Under `standard`, metrics has flexible."""
-    parts = {"protocols": PROTOCOLS, "prompt": prompt, "judge": judge}
-    return generation.evaluate("gsm8k", model, tokenizer, items, **parts, also=("flexible",), **settings)
+    """The result for these items; generation.evaluate explains the settings. With `standard`, metrics has flexible."""
+    return generation.evaluate(
+        "gsm8k", PROTOCOLS, prompt, judge, model, tokenizer, items, also=("flexible",), **settings
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

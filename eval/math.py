@@ -6,8 +6,8 @@ Protocol `paper` (OpenCompass math_gen, the harness of the paper; no chat templa
   - The prompt is `Problem:`, the problem, and `Solution:`, on lines of their own. 4 worked problems come before it in
     the same form, each with its solution, a line `Final Answer: The final answer is $...$.` and an empty line.
     The paper's harness has four of its own (Minerva's; none boxes its answer) that end in one more sentence. Here
-    they are the first rows of --exemplars, whose solutions box their answers. Without that flag there are none:
-    `protocol` in the result says how many there were.
+    they are the first rows of --exemplars, whose solutions box their answers. Without that flag the prompt is
+    0-shot; `protocol` in the result says which it was.
   - Up to 512 new tokens, or as many as the model's context has room for; no string stops a text.
   - The prediction is the last closed \\boxed{...} of the whole text. If a model continues with problems of its own, it
     is the answer to the last of them.
@@ -138,15 +138,14 @@ def is_correct(prediction: str | None, gold: str, protocol: str) -> bool:
 
 
 def judge(item: Item, completion: str, protocol: str) -> dict:
-    """{prediction (None: no answer), gold, correct}."""
+    """{prediction (None without an answer), gold, correct}."""
     prediction = extract(completion, protocol)
     return {"prediction": prediction, "gold": item.gold, "correct": is_correct(prediction, item.gold, protocol)}
 
 
 def evaluate(model: Transformer, tokenizer: TextTokenizer, items: Sequence[Item], **settings) -> dict:
     """The result for these items; generation.evaluate explains the settings. metrics has each level and subject."""
-    parts = {"protocols": PROTOCOLS, "prompt": prompt, "judge": judge}
-    whole = generation.evaluate("math", model, tokenizer, items, **parts, **settings)
+    whole = generation.evaluate("math", PROTOCOLS, prompt, judge, model, tokenizer, items, **settings)
     groups: dict[str, list[bool]] = {}
     for item, row in zip(items, whole["items"], strict=True):
         for group in (item.level and f"level {item.level}", item.subject):

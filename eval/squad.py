@@ -1,31 +1,33 @@
-"""SQuAD 2.0: questions on a passage, half of which it does not answer; generated and compared as short texts.
+"""SQuAD 2.0: questions on a passage, half of them without an answer in it; generated, and compared as short texts.
 
     python -m eval.squad --model DIR --data dev-v2.0.json --out result.json [--protocol standard]
 
 Protocol `paper` (OpenCompass squad20_gen, the harness of the paper; zero-shot, no chat template):
-  - The prompt is the passage, a line of instruction, `Question: {question}` and `Answer:`, a line each. The
-    instruction names `impossible to answer` as the answer to give where the passage has none; its other words are
-    ours, not the harness's.
-  - Up to 50 new tokens. The prediction is the first line in lower case (a text that starts with a newline predicts
-    nothing), of that what follows the last `answer is`, of that what eval.text.first_phrase leaves.
-  - Right if it equals what first_phrase leaves of any reference, exactly; the score is the percentage right. The
-    references of a question without an answer are `impossible to answer` and the dataset's plausible answers: a
-    plausible wrong span counts as right.
-  - Greedy here. The authors' harness seems to have sampled at temperature 1 (--temperature 1).
+  - The prompt is the passage, an instruction, `Question: {question}` and `Answer:`, on lines of their own. The
+    instruction names `impossible to answer` as the answer where the passage has none; its other words are ours, not
+    the harness's.
+  - Up to 50 new tokens. The prediction is the first line in lower case, after the last `answer is` in it, as
+    eval.text.first_phrase normalises it. A text that begins with a newline has an empty prediction.
+  - A prediction is correct if it equals a reference that first_phrase has normalised; the score is the percentage of
+    correct answers. The references of a question without an answer are `impossible to answer` and the plausible
+    answers of the data set: a plausible wrong span counts as correct.
+  - Decoding is greedy. The authors' harness seems to have sampled at temperature 1 (--temperature 1).
 
 Protocol `standard` (SQuAD's own script, as lm-evaluation-harness runs it):
-  - The prompt is `Title: ...`, `Background: ...` (the passage), `Question: ...` and `Answer:`, empty lines between.
-    Greedy, stopped at a newline; up to 256 new tokens.
-  - Prediction and references are compared by eval.text.plain_words: lower case, no punctuation, no articles.
-    exact: equal to a reference; f1: the best F1 over references of the words in common, counted with repetition.
-    The score is exact; metrics hold f1, and both for questions with (HasAns) and without an answer (NoAns).
-  - A generation says that there is no answer by being empty, or nothing but the word `unanswerable`; then, and only
-    then, it is right (exact and f1 1) where there is none. The prompt does not ask for that word, so that 0-shot
-    NoAns is low; exemplars show it. lm-evaluation-harness takes only the empty text for `no answer`, and besides
-    reports best_exact and best_f1 at a threshold on the word's likelihood; we do not.
+  - The prompt is `Title: ...`, `Background: ...` (the passage), `Question: ...` and `Answer:`, separated by empty
+    lines. Decoding is greedy and stops at a newline; up to 256 new tokens.
+  - eval.text.plain_words normalises prediction and references: lower case, no punctuation, no articles. exact: equal
+    to a reference. f1: the F1 of the words in common, counted with repetition, with the best reference. The score is
+    exact; metrics has f1, and both for the questions with (HasAns) and without an answer (NoAns).
+    An answer that normalises to the empty string (`.`, `_`, `the`) is ignored beside others, so its own text is wrong
+    there. Where a question has only such answers, every empty prediction is correct (exact and f1 are 1).
+  - A completion says that there is no answer if it is empty or the word `unanswerable` alone. Where there is no
+    answer, only such a completion is correct (exact and f1 are 1). The prompt does not ask for that word, so 0-shot
+    NoAns is low; exemplars show it. lm-evaluation-harness accepts only the empty text. It also reports best_exact and
+    best_f1 at a threshold on the word's likelihood; we do not.
 
 Rows: the published JSON, {data: [{title, paragraphs: [{context, qas: [{id, question, is_impossible, answers:
-[{text}], plausible_answers: [{text}]}]}]}]}. plausible_answers may be missing. Exemplars come from a file like it.
+[{text}], plausible_answers: [{text}]}]}]}]}. plausible_answers may be missing. Exemplars have the same form.
 """
 
 from __future__ import annotations
@@ -58,16 +60,21 @@ class Item:
     title: str
     context: str
     question: str
-    answers: tuple[str, ...]  # none where the question has no answer
-    plausible: tuple[str, ...]  # wrong spans that look like one, where it has none
+    answers: tuple[str, ...]  # empty where the question has no answer
+    plausible: tuple[str, ...]  # then: wrong spans that look like an answer
 
 
 # --- rows ------------------------------------------------------------------------------------------------------
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """Every question, in the file's order. Raises FileNotFoundError, or ValueError naming file and place, such as
-    `dev.json: data[3].paragraphs[0].qas[2]: key 'question' is missing ...`."""
+    """The questions of a file, in its order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is unusable; the message names file and place, such as
+            `dev.json: data[3].paragraphs[0].qas[2]: key 'question' is missing ...`.
+    """
     whole, items = read_object(path), []
     with naming(path):
         for article, in_data in children(whole, "data"):
@@ -85,6 +92,7 @@ def read_items(path: str | Path) -> list[Item]:
 
 
 def read_object(path: str | Path) -> dict:
+    """The JSON object of a file; errors as in `read_items`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -92,7 +100,7 @@ def read_object(path: str | Path) -> dict:
         whole = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number or a nesting past Python's limits
+    except (ValueError, RecursionError) as error:  # not UTF-8, or a number or nesting beyond Python's limits
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(whole, dict):
         raise ValueError(f"{path}: expected SQuAD's one JSON object, got {json_kind(whole)}")
@@ -101,7 +109,7 @@ def read_object(path: str | Path) -> dict:
 
 @contextlib.contextmanager
 def naming(place: str | Path) -> Iterator[None]:
-    """Put the place before a ValueError's message."""
+    """Put the place before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -109,7 +117,7 @@ def naming(place: str | Path) -> Iterator[None]:
 
 
 def children(parent: dict, key: str, place: str = "") -> Iterator[tuple[dict, str]]:
-    """The objects of the list parent[key], each with its place: that of the parent, and `key[i]`."""
+    """The objects of the list parent[key], each with its place: the parent's, then `key[i]`."""
     at = f"{place}: " if place else ""
     if not isinstance(parent.get(key), list):
         got = f"got {json_kind(parent[key])}" if key in parent else "there is no such key"
@@ -122,7 +130,11 @@ def children(parent: dict, key: str, place: str = "") -> Iterator[tuple[dict, st
 
 
 def parse_item(question: dict, title: str, context: str) -> Item:
-    """One of `qas`; ValueError on a missing key, or answers that do not fit is_impossible."""
+    """The item of one of `qas`.
+
+    Raises:
+        ValueError: a key is missing, or the answers contradict is_impossible.
+    """
     impossible = question.get("is_impossible")
     if not isinstance(impossible, bool):  # SQuAD 1.1 has no such key
         raise ValueError(f"key 'is_impossible': expected true or false (SQuAD 2.0), got {json_kind(impossible)}")
@@ -147,19 +159,20 @@ def answer_texts(question: dict, key: str) -> tuple[str, ...]:
 
 
 def prompt(item: Item, exemplars: Sequence[Item], protocol: str) -> str:
-    """What the model reads: each exemplar with an answer and an empty line after it, then the item without."""
+    """The text that the model continues: each exemplar with its answer and an empty line, then the question."""
     answered = [f"{question_text(e, protocol)} {references(e, protocol)[0]}\n\n" for e in exemplars]
     return "".join(answered) + question_text(item, protocol)
 
 
 def question_text(item: Item, protocol: str) -> str:
+    """The passage and the question, up to `Answer:`."""
     if protocol == "paper":
         return f"{item.context}\n{INSTRUCTION}\nQuestion: {item.question}\nAnswer:"
     return f"Title: {item.title}\n\nBackground: {item.context}\n\nQuestion: {item.question}\n\nAnswer:"
 
 
 def references(item: Item, protocol: str) -> tuple[str, ...]:
-    """The right answers, as the file has them."""
+    """The correct answers, as the file has them."""
     if item.answers:
         return item.answers
     return (IMPOSSIBLE, *item.plausible) if protocol == "paper" else (UNANSWERABLE,)
@@ -172,29 +185,35 @@ def extract(text: str, protocol: str) -> str:
 
 
 def is_correct(prediction: str, item: Item, protocol: str) -> bool:
-    """Whether the prediction equals a reference, as the protocol normalises both."""
+    """Whether the prediction equals a reference, both normalised as the protocol says."""
     if protocol == "paper":
         return prediction in map(first_phrase, references(item, protocol))
     return plain_words(prediction) in word_references(item)
 
 
 def word_references(item: Item) -> list[str]:
-    """References of protocol `standard`, normalised; an empty prediction says that there is no answer."""
+    """The references of protocol `standard`, normalised; an empty one matches a prediction of no answer.
+
+    Source: SQuAD's script (get_raw_scores) drops answers that normalise to the empty string; if none is left, it
+    compares with the empty text.
+    """
     if not item.answers:
         return ["", UNANSWERABLE]
     return [words for words in map(plain_words, item.answers) if words] or [""]
 
 
 def best_f1(prediction: str, item: Item) -> float:
-    """F1 (0 to 1) against the reference it is best for; 0 or 1 where there is no answer."""
+    """The F1 in [0, 1] with the best reference; 0 or 1 where the question has no answer."""
     if not item.answers:
         return float(is_correct(prediction, item, "standard"))
     return max(f1(plain_words(prediction), words) for words in word_references(item))
 
 
 def f1(first: str, second: str) -> float:
-    """Harmonic mean of precision and recall of the words two texts have in common, with repetition: 2 c / (m + n).
-    Two empty texts have 1."""
+    """2 c / (m + n) for texts of m and n words with c words in common, counted with repetition; 1 if both are empty.
+
+    It is the harmonic mean of precision c / m and recall c / n.
+    """
     first_words, second_words = Counter(first.split()), Counter(second.split())
     total = first_words.total() + second_words.total()
     return 2 * (first_words & second_words).total() / total if total else 1.0
@@ -204,7 +223,7 @@ def f1(first: str, second: str) -> float:
 
 
 def judge(item: Item, completion: str, protocol: str) -> dict:
-    """{prediction, gold (the references), correct (exact match), answerable}; under `standard` also f1, in [0, 1]."""
+    """{prediction, gold (the references), correct (exact), answerable}; under `standard` also f1, in [0, 1]."""
     prediction = extract(completion, protocol)
     judged = {"prediction": prediction, "gold": list(references(item, protocol))}
     judged |= {"correct": is_correct(prediction, item, protocol), "answerable": bool(item.answers)}
@@ -216,8 +235,9 @@ def evaluate(model: Transformer, tokenizer: TextTokenizer, items: Sequence[Item]
 
     metrics has HasAns_exact and NoAns_exact; under `standard` also f1, HasAns_f1 and NoAns_f1.
     """
-    parts = {"protocols": PROTOCOLS, "prompt": prompt, "judge": judge}
-    whole = generation.evaluate("squad", model, tokenizer, items, **parts, metric="exact", also=("f1",), **settings)
+    whole = generation.evaluate(
+        "squad", PROTOCOLS, prompt, judge, model, tokenizer, items, metric="exact", also=("f1",), **settings
+    )
     for split, answerable in (("HasAns", True), ("NoAns", False)):
         rows = [row for row in whole["items"] if row["answerable"] == answerable]
         for metric, key in (("exact", "correct"), ("f1", "f1")):

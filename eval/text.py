@@ -1,4 +1,4 @@
-"""Answers in words, made comparable: the two normalisations that the scorers of questions share."""
+"""Normalisation of short answers, for the benchmarks that compare them as texts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ import re
 import string
 
 ARTICLES = re.compile(r"\b(?:a|an|the)\b", re.IGNORECASE)
-PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII's; a curly quote or a long dash is none of it
+PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII's; curly quotes and long dashes stay
 
 
 def first_phrase(text: str) -> str:
-    """What OpenCompass compares: lower case, up to the first newline, full stop or comma, without what is neither
-    letter, digit, `_` nor space, without articles, spaces collapsed. Accents stay. Idempotent."""
+    """The text up to the first newline, full stop or comma, in lower case and without articles. Idempotent.
+
+    Only letters (with their accents), digits, `_` and single spaces remain.
+
+    Source: OpenCompass, general_postprocess.
+    """
     text = re.split(r"[\n.,]", text.lower(), maxsplit=1)[0]
     return " ".join(ARTICLES.sub("", re.sub(r"[^\w\s]", "", text)).split())
 
 
 def plain_words(text: str, articles: bool = False) -> str:
-    """What lm-evaluation-harness and SQuAD's own script compare: lower case, without ASCII punctuation, spaces
-    collapsed; without the words a, an, the unless `articles`. Dashes, curly quotes and accents stay. Idempotent."""
+    """The text in lower case, without ASCII punctuation and with single spaces. Idempotent.
+
+    The words a, an and the are removed unless `articles`. Dashes, curly quotes and accents remain.
+
+    Source: SQuAD's evaluation script, normalize_answer; lm-evaluation-harness.
+    """
     text = text.lower().translate(PUNCTUATION)
     return " ".join((text if articles else ARTICLES.sub(" ", text)).split())

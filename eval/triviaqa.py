@@ -3,29 +3,29 @@
     python -m eval.triviaqa --model DIR --data trivia-dev.qa.csv --out result.json [--protocol standard]
 
 Protocol `paper` (OpenCompass triviaqa_gen, the harness of the paper; zero-shot, no chat template):
-  - The prompt is a line of instruction, `Q: {question}?` and `A:`, a line each. The instruction asks for a short
+  - The prompt is an instruction, `Q: {question}?` and `A:`, on lines of their own. The instruction asks for a short
     reply that begins with `The answer is`; its other words are ours, not the harness's.
-  - Up to 50 new tokens. The prediction is the first line that is not blank, in lower case; of that what follows the
-    last `answer is`, then the last `a:`, then the last `answer:`; of that what eval.text.first_phrase leaves.
-  - Right if what first_phrase leaves of any alias stands anywhere in it. That finds `us` in `russia`, and, as an alias
-    too ends at its first full stop, `S. Africa` in every text with an s. An alias of which nothing is left (an emoji,
-    `A. Lincoln`) is found in any text: items with one are counted as `always_correct`.
-  - Greedy here. The authors' harness seems to have sampled at temperature 1 (--temperature 1).
+  - Up to 50 new tokens. The prediction is the first line that is not blank, in lower case. It is cut to what follows
+    the last `answer is`, then the last `a:`, then the last `answer:`, and eval.text.first_phrase normalises the rest.
+  - A prediction is correct if it contains an alias that first_phrase has normalised. So `us` is found in `russia`; and
+    as an alias too ends at its first full stop, `S. Africa` is found in every text with an s. An alias that normalises
+    to the empty string (an emoji, `A. Lincoln`) matches every answer: `always_correct` counts the items with one.
+  - Decoding is greedy. The authors' harness seems to have sampled at temperature 1 (--temperature 1).
 
 Protocol `standard` (lm-evaluation-harness triviaqa):
-  - The prompt is `Question: {question}?` and `Answer:`, a line each. Greedy, stopped at a newline, full stop or
-    comma; up to 256 new tokens.
-  - Right if prediction and an alias are equal but for case, ASCII punctuation and spacing (eval.text.plain_words,
-    articles kept; an alias of which nothing is left is not compared). `St. Louis` ends at `St` and is wrong where
-    `St Louis` is right: the stops are the harness's.
+  - The prompt is `Question: {question}?` and `Answer:`, on lines of their own. Decoding is greedy and stops at a
+    newline, full stop or comma; up to 256 new tokens.
+  - A prediction is correct if it equals an alias except for case, ASCII punctuation and spacing (eval.text.plain_words
+    with articles). An alias that normalises to the empty string is ignored. The prediction of `St. Louis` ends at `St`
+    and is wrong, where `St Louis` is correct: the stop strings are the harness's.
 
-Both harnesses put a question mark after a question that has one already, and so do we: `...??`.
+Both harnesses put a question mark after every question, even if it ends in one, and so do we: `...??`.
 
-Rows, told apart by the suffix and the keys:
-  - .jsonl or .json: {question, answer: {value, aliases}} as on the Hugging Face hub (its other keys are not read), or
+Rows; the suffix and the keys tell the form:
+  - .jsonl or .json: {question, answer: {value, aliases}} as on the Hugging Face hub (its other keys are ignored), or
     {question, answer, aliases}, or {context, answer, aliases} with a context `Question: ...?\\nAnswer:`;
   - .csv or .tsv: question, tab, a Python list of aliases; no header.
-An id is `id` or `question_id`, or else the row's number from 0. The aliases include the answer itself.
+The id is `id` or `question_id`; default: the row number, from 0. The aliases include the answer itself.
 """
 
 from __future__ import annotations
@@ -52,14 +52,19 @@ PROTOCOLS = {
 class Item:
     id: str
     question: str
-    aliases: tuple[str, ...]  # the answer's first name stands first
+    aliases: tuple[str, ...]  # the first is the answer's usual name
 
 
 # --- rows ------------------------------------------------------------------------------------------------------
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """Every row of the file. Raises FileNotFoundError, or ValueError naming file:line and what is wrong."""
+    """The items of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a row is unusable; the message names file, line and key.
+    """
     if Path(path).suffix not in (".csv", ".tsv"):
         return common.read_items(path, parse_item)
     if not Path(path).is_file():
@@ -68,12 +73,12 @@ def read_items(path: str | Path) -> list[Item]:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8: {error}") from None
-    # csv takes the lines as they are given: split at "\n" alone, for a field may hold other line separators
+    # csv takes lines as they are given. Split only at "\n": a field may hold other line separators.
     rows = csv.reader((line + "\n" for line in text.split("\n")), delimiter="\t", strict=True)
     items = []
     try:
         for row in rows:
-            if row:  # csv gives a blank line as an empty row
+            if row:  # a blank line is an empty row
                 items.append(parse_fields(row, str(len(items))))
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{path}:{rows.line_num}: {error}") from None
@@ -83,18 +88,22 @@ def read_items(path: str | Path) -> list[Item]:
 
 
 def parse_fields(fields: list[str], id: str) -> Item:
-    """One row of a .csv file: question and list of aliases."""
+    """The item of a .csv row, question and list of aliases."""
     if len(fields) != 2:
         raise ValueError(f"expected two fields (question, tab, list of aliases), got {len(fields)}")
     try:
         aliases = ast.literal_eval(fields[1].strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # all that literal_eval raises
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # all of what literal_eval raises
         raise ValueError(f"second field: expected a Python list of aliases, got {fields[1][:80]!r}") from None
     return Item(id, common.text_field({"question": fields[0]}, "question"), alias_texts({"aliases": aliases}))
 
 
 def parse_item(row: dict, id: str) -> Item:
-    """One JSON row of any of the three forms; ValueError on a missing key."""
+    """The item of a JSON row in any of the three forms.
+
+    Raises:
+        ValueError: a key is missing or unusable.
+    """
     if "context" in row and "question" not in row:
         context = common.text_field(row, "context")
         question = context.removeprefix("Question: ").removesuffix("\nAnswer:")
@@ -111,6 +120,7 @@ def parse_item(row: dict, id: str) -> Item:
 
 
 def alias_texts(row: dict) -> tuple[str, ...]:
+    """The texts of row["aliases"]; ValueError where it is not a list of at least one text."""
     aliases = row.get("aliases")
     if not isinstance(aliases, list) or not aliases:
         raise ValueError(f"key 'aliases': expected a list of texts, got {aliases!r}")
@@ -121,13 +131,14 @@ def alias_texts(row: dict) -> tuple[str, ...]:
 
 
 def prompt(item: Item, exemplars: Sequence[Item], protocol: str) -> str:
-    """What the model reads: each exemplar with its answer and an empty line after it, then the item without."""
+    """The text that the model continues: each exemplar with its answer and an empty line, then the question."""
     lead = " The answer is " if protocol == "paper" else " "
     answered = [f"{question_text(e, protocol)}{lead}{e.aliases[0]}\n\n" for e in exemplars]
     return "".join(answered) + question_text(item, protocol)
 
 
 def question_text(item: Item, protocol: str) -> str:
+    """The question as the protocol asks it, up to `A:` or `Answer:`."""
     if protocol == "paper":
         return f"{INSTRUCTION}\nQ: {item.question}?\nA:"
     return f"Question: {item.question}?\nAnswer:"
@@ -144,7 +155,7 @@ def extract(text: str, protocol: str) -> str:
 
 
 def is_correct(prediction: str, item: Item, protocol: str) -> bool:
-    """Whether the prediction holds an alias (`paper`) or is one (`standard`), as the protocol normalises both."""
+    """Whether the prediction contains (`paper`) or equals (`standard`) an alias, both normalised."""
     if protocol == "paper":
         return any(first_phrase(alias) in prediction for alias in item.aliases)
     words = plain_words(prediction, articles=True)
@@ -152,7 +163,7 @@ def is_correct(prediction: str, item: Item, protocol: str) -> bool:
 
 
 def always_correct(item: Item) -> bool:
-    """Whether protocol `paper` finds an alias of the item in any text."""
+    """Whether protocol `paper` finds an alias of the item in every text."""
     return is_correct("", item, "paper")
 
 
@@ -170,11 +181,12 @@ def evaluate(
 ) -> dict:
     """The result for these items; generation.evaluate explains the settings.
 
-    Under `paper` it has always_correct, the number of items that any text answers correctly.
+    Under `paper` it has always_correct, the number of items for which every text is correct.
     """
-    parts = {"protocols": PROTOCOLS, "protocol": protocol, "prompt": prompt, "judge": judge}
     metric = "contains an alias" if protocol == "paper" else "exact"
-    whole = generation.evaluate("triviaqa", model, tokenizer, items, **parts, metric=metric, **settings)
+    whole = generation.evaluate(
+        "triviaqa", PROTOCOLS, prompt, judge, model, tokenizer, items, metric=metric, protocol=protocol, **settings
+    )
     return whole | {"always_correct": sum(map(always_correct, items))} if protocol == "paper" else whole
 
 
