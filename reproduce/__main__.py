@@ -1,44 +1,44 @@
-"""Every table and figure of the paper, one command each.
+"""Every table and figure of the paper, by one command each.
 
-    python -m reproduce table1 [figure8 ...] [--preset tiny]        run what is missing of it, print its table
-    python -m reproduce all                                        everything that the preset has, but table6
-    python -m reproduce table1 --preset paper --dry-run            the commands, and what they should take
-    python -m reproduce table6                                     what it saves: reproduce/efficiency.py
+    python -m reproduce table1 [figure8 ...] [--preset tiny]        make the missing runs, print the table
+    python -m reproduce all                                        every experiment of the preset, but table6
+    python -m reproduce table1 --preset paper --dry-run            print the commands, and what they should take
+    python -m reproduce table6                                     what pruning saves: reproduce/efficiency.py
 
-Finished runs are not made again, whichever table they were made for; one that was cut goes on. Runs are spread over
-processes of one thread each (tiny, small) or take all devices in turn (paper). Results go into
-reproduce/results/PRESET.json, which `python -m reproduce.report` turns into pages.
+A finished run is not made again, whichever table it was made for; an interrupted one continues. The presets tiny and
+small make several runs at a time, one thread each; paper gives all devices to one run after another. Results go into
+reproduce/results/PRESET.json, and `python -m reproduce.report` makes a page of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shlex
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from model import read_json, write_aside
+from eval.common import errors_in_one_line
 from reproduce import cases, efficiency, report
 from reproduce import runs as running
 from reproduce.cost import estimate
 from reproduce.experiments import EXPERIMENTS
 from reproduce.presets import PRESETS, Preset
 from reproduce.runs import Run
+from training.files import read_json
 
 RESULTS = Path(__file__).parent / "results"
 ALIASES = {"figure1": "cases", "figure2": "cases", "figure7": "cases", "figure9": "figure5"}
 
 
 def plan(preset: Preset, names: list[str], seeds: int) -> list[Run]:
-    """The runs of these experiments, each once; the first seed of all comes first."""
+    """The runs of these experiments, each once; the first seed's come first."""
     found = [run for name in names for run in running.runs_of(preset, EXPERIMENTS[name], seeds)]
     return sorted(dict.fromkeys(found), key=lambda run: run.seed)
 
@@ -47,18 +47,22 @@ def title(run: Run) -> str:
     return f"{run.model}, {run.data}, seed {run.seed}: {' '.join(run.flags or ('untuned',))}"
 
 
-def show(preset: Preset, todo: list[Run], root: Path) -> None:
-    """Print every command that would run; of a preset for GPUs also what each should take."""
-    total = 0.0
-    sides = {}
+def by_side_folder(preset: Preset, todo: list[Run], root: Path) -> dict[Path | None, list[Run]]:
+    """Folder of side files -> the runs that need it; None: the runs that need none."""
+    found = {}
     for run in todo:
-        side = running.side_folder(run, root)
-        if side and side not in sides:
-            sides[side] = running.side_commands(preset, run, side)
-    for side, commands in sides.items():
-        print(f"# {side}: a tenth of the rows as tenth.json, then")
-        for command in commands:
-            print(shlex.join(running.words(preset, command)))
+        found.setdefault(running.side_folder(preset, run, root), []).append(run)
+    return found
+
+
+def show(preset: Preset, todo: list[Run], root: Path) -> None:
+    """Print every command that would run, and for a preset on GPUs the estimated cost of each run."""
+    total = 0.0
+    for side, needy in by_side_folder(preset, todo, root).items():
+        if side:
+            print(f"# {side}: a tenth of the rows as tenth.json, then")
+            for command in running.side_commands(preset, needy, side):
+                print(shlex.join(running.words(preset, command)))
     for run in todo:
         print(f"\n# {title(run)}")
         if preset.devices and run.flags is not None:
@@ -68,43 +72,39 @@ def show(preset: Preset, todo: list[Run], root: Path) -> None:
         commands = [] if run.flags is None else [running.train_command(preset, run, root)]
         for command in (*commands, *running.eval_commands(preset, run, root).values()):
             print(shlex.join(running.words(preset, command)))
-    print(
-        f"\n# {len(todo)} runs" + (f", {total:.0f} hours of {preset.devices} A100 to train" if preset.devices else "")
-    )
+    hours = f", {total:.0f} hours of {preset.devices} A100 to train" if preset.devices else ""
+    print(f"\n# {len(todo)} runs{hours}")
 
 
 def run_all(preset: Preset, todo: list[Run], root: Path, jobs: int, save) -> list[str]:
-    """Make every run, `jobs` at a time; side files before the runs that go by them. Returns what failed."""
+    """Make every run, `jobs` at a time, and side files before the runs that need them; returns the failures.
+
+    Args:
+        save: called after every 20 runs.
+    """
     failed, every = [], 0.5 if sys.stderr.isatty() else 60
     with (
         tqdm(total=len(todo), desc=preset.name, unit="run", mininterval=every, smoothing=0) as bar,
         ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool,
     ):
-        waiting: dict[Path, list[Run]] = {}
-        for run in todo:
-            side = running.side_folder(run, root)
-            if side:
-                waiting.setdefault(side, []).append(run)
-        futures: dict[Future, Run | Path] = {}
+        waiting, futures = by_side_folder(preset, todo, root), {}
+        ready = waiting.pop(None, [])
         for side, needy in waiting.items():
-            futures[pool.submit(running.make_side_files, preset, needy[0], root)] = side
-        for run in todo:
-            if not running.side_folder(run, root):
-                futures[pool.submit(running.make, preset, run, root)] = run
+            futures[pool.submit(running.make_side_files, preset, needy, root)] = side
+        futures |= {pool.submit(running.make, preset, run, root): run for run in ready}
         while futures:
             done, _ = wait(futures, return_when=FIRST_COMPLETED)
             for future in done:
                 what = futures.pop(future)
                 problem = future.exception()
-                if isinstance(problem, BrokenExecutor):  # killed, for want of memory or by hand: none will go on
+                if isinstance(problem, BrokenExecutor):  # a worker was killed: no other run can finish
                     raise problem
                 if isinstance(what, Path):
                     if problem:
                         failed.append(f"side files {what}: {problem}")
                         bar.update(len(waiting[what]))
                     else:
-                        for run in waiting[what]:
-                            futures[pool.submit(running.make, preset, run, root)] = run
+                        futures |= {pool.submit(running.make, preset, run, root): run for run in waiting[what]}
                     continue
                 if problem:
                     failed.append(f"{title(what)}: {problem}")
@@ -117,7 +117,7 @@ def run_all(preset: Preset, todo: list[Run], root: Path, jobs: int, save) -> lis
 
 
 def gather(root: Path, out: Path) -> None:
-    """Put all finished runs into the result file, a line each; others that stand there stay."""
+    """Add all finished runs to the result file, a line each; runs that it holds already stay."""
     found = read_json(out) if out.exists() else {"machines": [], "runs": []}
     runs = {identity(run): run for run in found["runs"]}
     for path in sorted(root.glob("*/summary.json")):
@@ -128,10 +128,7 @@ def gather(root: Path, out: Path) -> None:
                 found["machines"].append(run["machine"])
             run["machine"] = found["machines"].index(run["machine"])
         runs[identity(run)] = run
-    lines = ",\n".join("  " + json.dumps(runs[key]) for key in sorted(runs))
-    machines = json.dumps(found["machines"], indent=1)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(out, f'{{\n "machines": {machines},\n "runs": [\n{lines}\n ]\n}}\n')
+    running.write_by_line(out, {**found, "runs": [runs[key] for key in sorted(runs)]}, "runs")
 
 
 def identity(run: dict) -> tuple:
@@ -146,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row, seeds 0, 1, ...")
     parser.add_argument("--jobs", type=int, help="runs at once; default: the cores, or 1 where a run takes all devices")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs go, in a folder of the preset")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="parent of the preset's folder of runs")
     parser.add_argument("--out", type=Path, help="result file; default: reproduce/results/PRESET.json")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(argv)
@@ -161,13 +158,14 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     try:
-        failed = run(preset, names, args, root, out)
+        with errors_in_one_line("reproduce"):
+            failed = run(preset, names, args, root, out)
     except BrokenExecutor:
-        print("reproduce: a worker was killed, for want of memory? The same command goes on; --jobs 1", file=sys.stderr)
+        print(
+            "reproduce: a worker was killed (out of memory?); the same command continues, with --jobs 1 in less memory",
+            file=sys.stderr,
+        )
         sys.exit(1)
-    except (ValueError, OSError) as error:
-        print(f"reproduce: {error}", file=sys.stderr)
-        sys.exit(2)
     for line in failed:
         print(f"reproduce: {line}", file=sys.stderr)
     if failed:
@@ -175,12 +173,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(preset: Preset, names: list[str], args: argparse.Namespace, root: Path, out: Path) -> list[str]:
-    """Make what is missing of these experiments and print their tables, or the commands; returns what failed."""
+    """Make the missing runs of these experiments and print their tables, or print the commands; returns failures."""
     if "table6" in names:
-        measured = running.efficiency_command(preset, RESULTS / f"efficiency_{preset.name}.json")
-        print(shlex.join(["python", "-m", measured[0], *measured[1]]))
+        module, argv = running.efficiency_command(preset, RESULTS / f"efficiency_{preset.name}.json")
+        print(shlex.join(["python", "-m", module, *argv]))
         if not args.dry_run:
-            efficiency.main(measured[1])
+            efficiency.main(argv)
     names = [name for name in names if name != "table6"]
     every = plan(preset, names, args.seeds)
     todo = [run for run in every if not (root / running.key(preset, run) / "summary.json").exists()]

@@ -1,17 +1,17 @@
-"""What a run selected, shown: samples on the Error-Uncertainty plane, which tokens are pruned, and rows to read.
+"""What a run selected: samples on the Error-Uncertainty plane, the kinds of pruned tokens, and examples to read.
 
     python -m reproduce.cases RUN [--step N] [--out DIR]
 
-RUN is the folder of a Q-Tuning run with --log-selection; its lines may still be growing. Written into DIR (RUN/cases):
+RUN is the folder of a Q-Tuning run with --log-selection, which may still be running. Files in DIR (RUN/cases):
 
-    plane.json, plane.svg       the paper's Figures 1 and 2: scores, thresholds and decisions of some steps; all samples
-    tokens.json, tokens.svg     Figure 7: the kinds of token among the pruned and among the kept
+    plane.json, plane.svg       Figures 1 and 2: scores, thresholds and decisions of some steps; all samples
+    tokens.json, tokens.svg     Figure 7: the kinds of tokens among the pruned and among the kept
     quadrants.md                Appendix E.1: rows of each quadrant
     pruned.md, pruned.html      Appendix E.2: answers with their pruned tokens marked
 
-The Markdown and HTML quote the rows: of a data set of other people's, they are not yours to publish. The paper had
-GPT-5 name the role of each token of 300 instances; here a token's category follows from fixed rules (`categories`),
-which see its spelling and its place in the answer and nothing of what it means.
+The Markdown and HTML quote the rows, which may not be yours to publish. The paper had GPT-5 name the role of each token
+of 300 instances; here fixed rules (`categories`) give a token its category, by its spelling and its place in the
+answer, without its meaning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import html
-import json
 import math
 import re
 import sys
@@ -31,52 +30,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train
-from data.sft import IGNORE_INDEX, Sample, load_samples, read_rows, to_messages
+from data.sft import Sample, load_samples, read_rows, to_messages
 from data.tokenizer import TextTokenizer
-from model import read_json, write_aside
-from qtuning import Quadrant
+from eval.common import errors_in_one_line
+from qtuning import IGNORE_INDEX, Quadrant
 from reproduce.quickstart import in_boilerplate
-from reproduce.selection import rank_correlation
-
-# ---------------------------------------------------------------------------------------------- the run
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's settings, and the finished lines of its selection.jsonl: {"step", "samples"}."""
-
-    config: train.Config
-    steps: list[dict]
-
-
-def read_run(folder: str | Path) -> Run:
-    """Raises: FileNotFoundError; ValueError where samples were not chosen by Q-Tuning, or no step is logged yet."""
-    folder = Path(folder)
-    told, log = read_json(folder / "config.json"), folder / "selection.jsonl"
-    fields = [
-        field.name for field in dataclasses.fields(train.Config) if field.name in told
-    ]  # a newer flag: its default
-    config = train.Config(**{name: told[name] for name in fields})
-    if config.sample_pruner != "qtuning":
-        raise ValueError(f"{folder}: expected a run of --sample-pruner qtuning, got {config.sample_pruner}")
-    if not log.is_file():
-        raise FileNotFoundError(f"{log}: no such file; train.py --log-selection writes it")
-    finished = log.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line of a growing log may be cut
-    steps = [json.loads(line) for line in finished.splitlines()]
-    if not steps:
-        raise ValueError(f"{log}: expected at least one step, got none")
-    return Run(config, steps)
+from reproduce.selection import Log, chosen_again, rank_correlation, read_log
+from reproduce.tables import markdown
+from training.files import write_json, write_text
 
 
 def rows_by_id(path: str | Path, samples: dict[str, Sample]) -> dict[str, dict]:
-    """The row of the file that each sample was made of, by the sample's id (see load_samples)."""
+    """Sample id -> the row of the file that the sample was made from (see `load_samples`)."""
     rows = {}
     for number, (_, row) in enumerate(read_rows(path)):
         try:
             to_messages(row)
         except ValueError:
-            continue  # one of --skip-bad-rows
+            continue  # left out by --skip-bad-rows
         name = str(number if row.get("id") is None else row["id"])
         while name in rows:
             name += f"#{number}"
@@ -85,11 +56,11 @@ def rows_by_id(path: str | Path, samples: dict[str, Sample]) -> dict[str, dict]:
     return rows
 
 
-def trimmed(run: Run, backfilled: bool) -> list[dict]:
-    """The kept samples that lost tokens, in the run's order, with their step: those in Q2, or those filled in as Q2."""
+def trimmed(log: Log, backfilled: bool) -> list[dict]:
+    """Records of the samples that lost tokens, each with its step: those in Q2, or those backfilled as Q2."""
     return [
         {"step": step["step"], **sample}
-        for step in run.steps
+        for step in log.steps
         for sample in step["samples"]
         if sample["kept"] and sample["trimmed"] and sample["backfilled"] == backfilled
     ]
@@ -100,45 +71,38 @@ def trimmed(run: Run, backfilled: bool) -> list[dict]:
 BINS = 40  # of the density, along each axis
 
 
-def default_steps(run: Run) -> list[int]:
-    """The first step of each third of the run, and the last."""
-    n = len(run.steps)
-    return sorted({run.steps[i]["step"] for i in (0, n // 3, 2 * n // 3, n - 1)})
+def default_steps(log: Log) -> list[int]:
+    """The first step of each third of the run, and the last step."""
+    n = len(log.steps)
+    return sorted({log.steps[i]["step"] for i in (0, n // 3, 2 * n // 3, n - 1)})
 
 
-def plane(run: Run, steps: Sequence[int]) -> dict:
-    """Where the samples of these steps lie, where each prune batch was cut, and what was kept; and the whole run.
+def plane(log: Log, steps: Sequence[int]) -> dict:
+    """Scores, thresholds and decisions in each prune batch of these steps, and the density of all samples of the run.
 
-    The thresholds are not logged: every decision is made again from the logged scores, and must be the logged one.
+    The thresholds are not logged; every decision is made again from the logged scores.
 
-    Returns: JSON-able {"prune_batch", "sample_keep_ratio", "steps": [{"step", "batches": [{"thresholds": {alpha, beta,
-        ppl_low, ...}, "id", "ppl", "ent", "quadrant", "kept", "backfilled": a list each}]}], "all": {"samples",
-        "rank_correlation", "log_ppl": [lowest, highest], "ent": [lowest, highest], "seen", "kept": [BINS][BINS] counts,
-        rows along log PPL, columns along Ent}}.
-    Raises: ValueError: a step that is not logged; a decision that differs from the logged one.
+    Returns:
+        {"prune_batch", "sample_keep_ratio", "steps": [{"step", "batches": [{"thresholds": {alpha, beta, ppl_low, ...},
+        "id", "ppl", "ent", "quadrant", "kept", "backfilled": a list each}]}], "all": {"samples", "rank_correlation",
+        "log_ppl": [lowest, highest], "ent": [lowest, highest], "seen", "kept": [BINS][BINS] counts, rows along log PPL,
+        columns along Ent}}.
+    Raises:
+        ValueError: a step is not logged, or a decision differs from the logged one.
     """
-    by_step = {step["step"]: step["samples"] for step in run.steps}
-    shown = []
+    by_step, shown = {step["step"]: step for step in log.steps}, []
     for number in steps:
         if number not in by_step:
             raise ValueError(f"step {number} is not logged: the run has {min(by_step)} to {max(by_step)}")
-        samples, batches = by_step[number], []
-        ppl, ent = (torch.tensor([sample[axis] for sample in samples]) for axis in ("ppl", "ent"))
-        start = 0
-        for chosen in train.choose_samples(run.config, number, len(samples), ppl, ent):
-            part = samples[start : start + len(chosen.keep)]
-            start += len(part)
-            again = {"quadrant": chosen.quadrant, "kept": chosen.keep, "backfilled": chosen.backfilled}
-            for key, values in again.items():
-                if values.tolist() != [sample[key] for sample in part]:
-                    raise ValueError(f"step {number}, place {part[0]['place']} on: {key} is not what was logged")
+        batches = []
+        for records, chosen in chosen_again(log, by_step[number]):
             cuts = {key: round(value, 4) for key, value in dataclasses.asdict(chosen.thresholds).items()}
-            scores = {axis: [round(sample[axis], 4) for sample in part] for axis in ("ppl", "ent")}
-            decisions = {key: [int(sample[key]) for sample in part] for key in again}
-            batches.append({"thresholds": cuts, "id": [sample["id"] for sample in part], **scores, **decisions})
+            scores = {axis: [round(record[axis], 4) for record in records] for axis in ("ppl", "ent")}
+            decisions = {key: [int(record[key]) for record in records] for key in ("quadrant", "kept", "backfilled")}
+            batches.append({"thresholds": cuts, "id": [record["id"] for record in records], **scores, **decisions})
         shown.append({"step": number, "batches": batches})
 
-    every = [sample for step in run.steps for sample in step["samples"]]
+    every = [sample for step in log.steps for sample in step["samples"]]
     log_ppl, ent = (np.array([sample[axis] for sample in every]) for axis in ("ppl", "ent"))
     log_ppl, kept = np.log(log_ppl), np.array([sample["kept"] for sample in every])
     spans = {name: [float(values.min()), float(values.max())] for name, values in (("log_ppl", log_ppl), ("ent", ent))}
@@ -149,8 +113,8 @@ def plane(run: Run, steps: Sequence[int]) -> dict:
     correlation = rank_correlation(torch.from_numpy(log_ppl), torch.from_numpy(ent))
     spans = {name: [round(value, 4) for value in span] for name, span in spans.items()}
     return {
-        "prune_batch": run.config.prune_batch,
-        "sample_keep_ratio": run.config.sample_keep_ratio,
+        "prune_batch": log.config.prune_batch,
+        "sample_keep_ratio": log.config.sample_keep_ratio,
         "steps": shown,
         "all": {"samples": len(every), "rank_correlation": round(correlation, 4), **spans, **counts},
     }
@@ -165,18 +129,18 @@ class Piece:
 
     text: str
     num_tokens: int
-    special: bool = False  # EOS and its like
+    special: bool = False  # EOS and other special tokens
 
 
 def answer_ids(sample: Sample) -> list[int]:
-    """The answer's tokens, one for each digit of selection.jsonl's `tokens`."""
+    """The answer's token ids, one for each digit of `tokens` in selection.jsonl."""
     return [label for label in sample.labels[1:] if label != IGNORE_INDEX]
 
 
 def pieces(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[Piece]:
-    """`ids` cut wherever the text of what stands in front is a beginning of the whole text.
+    """`ids` cut after every token up to which the decoded text is a prefix of the whole text.
 
-    The pieces' texts, joined, are the decoded ids, special tokens spelled out; their num_tokens add up to len(ids).
+    The pieces' texts, joined, are the decoded ids with special tokens; their num_tokens sum to len(ids).
     """
     special = {i for i, token in tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
 
@@ -186,7 +150,7 @@ def pieces(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[Piece]:
     whole, found, first, at = decode(ids), [], 0, 0
     for stop in range(1, len(ids) + 1):
         front = decode(ids[:stop])
-        if whole.startswith(front) and len(front) >= at:  # not so in the middle of a character
+        if whole.startswith(front) and len(front) >= at:  # false within a character
             is_special = stop - first == 1 and ids[first] in special
             found.append(Piece(front[at:], stop - first, is_special))
             first, at = stop, len(front)
@@ -205,15 +169,15 @@ CATEGORIES = (
     "end of text",
     "chat template",
 )
-SHORT_ANSWER = 3  # words: an answer of no more is all answer span
+SHORT_ANSWER = 3  # an answer of at most so many words is all answer span
 
-# (mark)(answer): the answer ends with its sentence, or where it is the last line with the line.
+# (mark)(answer): the answer ends with its sentence, or in the last line with the line.
 MARKED_ANSWERS = (
     re.compile(r"(\bthe (?:final )?answer is:?[ ])([^\s][^\n]*?)(?=[.!]?\s*\Z|[.!]?\n|[.!]\s)", re.IGNORECASE),
     re.compile(r"(^####[ ]*)(\S[^\n]*?)(?=\s*\Z)", re.MULTILINE),
 )
-# What Alpaca's answers open and close with, and the words that open a step in GSM8K's; what rows call boilerplate
-# themselves (data/tiny) comes on top.
+# Openings and closings of Alpaca's answers, and words that open a step in GSM8K's. Rows may name further
+# boilerplate of their own (data/tiny).
 BOILERPLATE = re.compile(
     r"""^(?:sure|certainly|of\ course|absolutely)[,!.]
     | ^here\ (?:is|are)\b[^.:\n]*:
@@ -233,18 +197,18 @@ EXPRESSION = re.compile(r"[0-9$€£%+=×÷^<>*/().,:\- ]+")  # one that holds a
 
 
 def categories(parts: Sequence[Piece], boilerplate: Sequence[str] = ()) -> list[str]:
-    """The category of each piece: the first of these that holds where its last visible character stands.
+    """The category of each piece: the first of these that holds at its last visible character.
 
     1. end of text: a special token.
-    2. chat template: whitespace in front of the answer's text, or behind a special token.
-    3. answer span: what follows "The answer is" to the end of its sentence, or "####" in the last line; or a whole
-       answer of at most SHORT_ANSWER words, boilerplate not counted. Not its full stop.
-    4. answer mark: "The answer is" or "####" in front of it, with the space between.
-    5. boilerplate: `boilerplate`, sentences that stand in the answer, or BOILERPLATE.
-    6. formatting: the number or sign in front of an item of a list or a heading.
-    7. numbers and symbols: a digit, a sign of arithmetic or currency, or what stands between them in an expression,
-       with the space in front of it. A `-`, `*`, `/`, bracket or comma elsewhere is punctuation.
-    8. other words: anything with a letter.
+    2. chat template: whitespace before the answer's text, or after a special token.
+    3. answer span: the text after "The answer is" to the end of its sentence, or after "####" in the last line; or a
+       whole answer of at most SHORT_ANSWER words, boilerplate not counted. Its full stop is not part of it.
+    4. answer mark: "The answer is" or "####" before an answer span, with the space between.
+    5. boilerplate: the sentences in `boilerplate`, and BOILERPLATE.
+    6. formatting: the number or sign before an item of a list or a heading.
+    7. numbers and symbols: a digit, a sign of arithmetic or currency, the characters between them in an expression,
+       and the space before it. Elsewhere `-`, `*`, `/`, brackets and commas are punctuation.
+    8. other words: any piece with a letter.
     9. formatting: the rest, which is whitespace and punctuation.
     """
     names, at = [], 0
@@ -260,7 +224,7 @@ def categories(parts: Sequence[Piece], boilerplate: Sequence[str] = ()) -> list[
 
 
 def _categories_of_text(texts: list[str], boilerplate: Sequence[str]) -> list[str]:
-    """Rules 2 to 9 for the pieces between two special tokens."""
+    """Rules 2 to 9, for the pieces between two special tokens."""
     whole = "".join(texts)
     lead = len(whole) - len(whole.lstrip())
     given = in_boilerplate(list(whole), [sentence for sentence in boilerplate if sentence in whole])
@@ -303,8 +267,10 @@ def _categories_of_text(texts: list[str], boilerplate: Sequence[str]) -> list[st
 
 
 def _trimmed_expression(match: re.Match) -> tuple[int, int]:
-    """The part of the run that is an expression: punctuation and spaces around it do not count, but one space before
-    it does. Empty where the run has no digit and no sign of arithmetic."""
+    """The part of a match that is an expression: without punctuation and spaces around it, but with one space before.
+
+    It is empty if the match has no digit and no sign of arithmetic.
+    """
     text = match.group()
     if not re.search(r"[0-9$€£%+=×÷^<>]", text):
         return match.start(), match.start()
@@ -314,20 +280,23 @@ def _trimmed_expression(match: re.Match) -> tuple[int, int]:
 
 
 def token_categories(
-    run: Run, samples: dict[str, Sample], tokenizer: TextTokenizer, rows: dict[str, dict], draws: int = 2000
+    log: Log, samples: dict[str, Sample], tokenizer: TextTokenizer, rows: dict[str, dict], draws: int = 2000
 ) -> dict:
-    """What kinds of token trimmed samples lost: after the paper's Figure 7, with categories by rule.
+    """Categories of the pruned and of the kept tokens of trimmed samples: Figure 7, with categories by rule.
 
-    Args: samples, rows: by id; draws: of the bootstrap.
-    Returns: for "Q2" and for "filled in as Q2": {"samples", "rows", "answer_spans": {"samples" that have one, "cut":
-        those that lost a token of it, "gone": those that lost all of it}, "pruned", "kept": answer tokens,
-        "categories": {name: {"pruned", "kept": counts, "share_of_pruned", "share_of_kept", "lift": the one over the
-        other, "interval95": of the lift}}}. Lift and interval are None where the divisor is 0 or may be. The rows are
-        resampled, with all their visits: the tokens of an answer are not independent of each other.
+    Args:
+        samples, rows: by id.
+        draws:         resamples of the bootstrap.
+    Returns:
+        for "Q2" and "filled in as Q2" (backfilled, and trimmed as Q2): {"samples", "rows", "answer_spans": {"samples"
+        that have one, "cut": those that lost a token of it, "gone": those that lost all of it}, "pruned", "kept":
+        answer tokens, "categories": {name: {"pruned", "kept": counts, "share_of_pruned", "share_of_kept", "lift": their
+        ratio, "interval95": of the lift}}}. Lift and interval are None where the divisor is 0 or may be. The bootstrap
+        resamples rows with all their visits, since the tokens of an answer are not independent.
     """
     groups = {}
     for group, backfilled in (("Q2", False), ("filled in as Q2", True)):
-        by_row, visits, spans = {}, trimmed(run, backfilled), []
+        by_row, visits, spans = {}, trimmed(log, backfilled), []
         named: dict[str, list[str]] = {}  # a row's tokens have the same categories at every visit
         for visit in visits:
             name = visit["id"]
@@ -348,7 +317,7 @@ def token_categories(
 
 
 def _shares(counts: np.ndarray, draws: int) -> dict:
-    """Shares and lifts of counts (R, 2, C): 0 pruned, 1 kept."""
+    """Shares and lifts from counts (R rows, 2: pruned and kept, C categories)."""
     total, num_rows = counts.sum(0), len(counts)
 
     def lifts(table: np.ndarray) -> np.ndarray:  # (..., 2, C) -> (..., C)
@@ -381,27 +350,23 @@ def _share(part: float, whole: float) -> float:
 
 
 def token_table(groups: dict) -> str:
-    """Markdown: one row a category, three columns a group; below, what became of the answer spans."""
-    lines = [[""], ["---"], ["tokens"]]
-    lines += [[name] for name in CATEGORIES]
+    """Markdown: one row for each category, three columns for each group; below it the fate of the answer spans."""
+    rows, spans = [[""], ["tokens"], *([name] for name in CATEGORIES)], []
     for group, found in groups.items():
         title = f"{group}, {found['samples']} samples of {found['rows']} rows"
-        lines[0] += [f"{title}: of the pruned", "of the kept", "lift, 95 % interval"]
-        lines[1] += ["---"] * 3
-        lines[2] += [f"{found['pruned']:,}", f"{found['kept']:,}", ""]
-        for line, name in zip(lines[3:], CATEGORIES, strict=True):
+        rows[0] += [f"{title}: of the pruned", "of the kept", "lift, 95 % interval"]
+        rows[1] += [f"{found['pruned']:,}", f"{found['kept']:,}", ""]
+        for row, name in zip(rows[2:], CATEGORIES, strict=True):
             one = found["categories"][name]
             lift = "" if one["lift"] is None else f"{one['lift']:.2f}"
             if one["interval95"]:
                 lift += " [{:.2f}, {:.2f}]".format(*one["interval95"])
-            line += [f"{one['share_of_pruned']:.1%}", f"{one['share_of_kept']:.1%}", lift]
-    table, spans = "\n".join(f"| {' | '.join(line)} |" for line in lines), []
-    for group, found in groups.items():
+            row += [f"{one['share_of_pruned']:.1%}", f"{one['share_of_kept']:.1%}", lift]
         lost = found["answer_spans"]
         spans.append(
             f"{group}: {lost['cut']} of {lost['samples']} answer spans lost a token, {lost['gone']} all tokens"
         )
-    return "\n".join([table, "", *spans])
+    return "\n".join([markdown(rows), "", *spans])
 
 
 # ------------------------------------------------------------------- Appendix E.1: rows of each quadrant
@@ -415,30 +380,23 @@ QUADRANT_NAMES = {
 }
 
 
-def quadrant_rows(run: Run, rows: dict[str, dict], num: int = 3, first_step: int = 1) -> str:
+def quadrant_rows(log: Log, rows: dict[str, dict], num: int = 3, first_step: int = 1) -> str:
     """Markdown: the first `num` rows met in each quadrant from `first_step` on, with their scores at that step."""
-    lines = []
+    parts = []
     for quadrant, title in QUADRANT_NAMES.items():
-        met = (
-            (step["step"], sample)
-            for step in run.steps
-            for sample in step["samples"]
-            if step["step"] >= first_step and sample["quadrant"] == quadrant
-        )
         found = {}
-        for step, sample in met:
-            if len(found) == num:
-                break
-            found.setdefault(sample["id"], (step, sample))
-        lines += [f"### {title}", "", "| step | PPL | Ent | what became of it | prompt | answer |", "|" + " --- |" * 6]
+        for step in log.steps:
+            for sample in step["samples"]:
+                if step["step"] >= first_step and sample["quadrant"] == quadrant and len(found) < num:
+                    found.setdefault(sample["id"], (step["step"], sample))
+        table = [["step", "PPL", "Ent", "what became of it", "prompt", "answer"]]
         for step, sample in found.values():
             *_, question, answer = to_messages(rows[sample["id"]])
             became = _became(sample) + (f"; `{kind}`" if (kind := rows[sample["id"]].get("kind")) else "")
             texts = [_cell(message["content"]) for message in (question, answer)]
-            cells = [str(step), f"{sample['ppl']:.2f}", f"{sample['ent']:.2f}", became, *texts]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += ["" if found else "No row.", ""]
-    return "\n".join(lines)
+            table.append([str(step), f"{sample['ppl']:.2f}", f"{sample['ent']:.2f}", became, *texts])
+        parts += [f"### {title}", "", markdown(table), "" if found else "No row.", ""]
+    return "\n".join(parts)
 
 
 def _became(sample: dict) -> str:
@@ -448,9 +406,9 @@ def _became(sample: dict) -> str:
 
 
 def _cell(text: str, width: int = 200) -> str:
-    """Text that fits a cell of a Markdown table and is not taken for Markdown or HTML."""
+    """Text for a cell of a Markdown table: cut to `width` characters, Markdown and HTML escaped."""
     text = text if len(text) <= width else text[:width].rstrip() + " ..."
-    escaped = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+    escaped = re.sub(r"([\\`*_\[\]#~$])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
     return " ".join(escaped.replace("\n", " ↵ ").split())
 
 
@@ -459,8 +417,14 @@ def _cell(text: str, width: int = 200) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A trimmed sample: its record in selection.jsonl with its step, its prompt, the pieces of its answer, for each
-    its category and whether it was pruned (a piece that lost one of its tokens counts as pruned)."""
+    """A trimmed sample.
+
+    Attributes:
+        record:     its record in selection.jsonl, with its step.
+        parts:      the pieces of its answer.
+        categories: one for each piece.
+        pruned:     whether each piece was pruned; a piece that lost one of its tokens counts as pruned.
+    """
 
     record: dict
     prompt: str
@@ -470,12 +434,12 @@ class Case:
 
 
 def cases(
-    run: Run, samples: dict[str, Sample], tokenizer: TextTokenizer, rows: dict[str, dict], num: int = 12
+    log: Log, samples: dict[str, Sample], tokenizer: TextTokenizer, rows: dict[str, dict], num: int = 12
 ) -> list[Case]:
-    """`num` trimmed samples, two thirds of them in Q2 and one third filled in, evenly spaced over the run."""
+    """`num` trimmed samples, evenly spaced over the run: two thirds in Q2, one third backfilled."""
     found = []
     for backfilled, share in ((False, num - num // 3), (True, num // 3)):
-        visits = trimmed(run, backfilled)
+        visits = trimmed(log, backfilled)
         for i in range(min(share, len(visits))):
             visit = visits[i * len(visits) // min(share, len(visits))]
             row, parts = rows[visit["id"]], pieces(tokenizer, answer_ids(samples[visit["id"]]))
@@ -494,9 +458,9 @@ def caption(case: Case) -> str:
 
 
 def pruned_text(parts: Sequence[Piece], pruned: Sequence[bool]) -> str:
-    """The answer with each run of pruned pieces in ⟦ ⟧; there a whitespace token is shown as ␣, ↵ or ⇥.
+    """The answer with each run of pruned pieces in ⟦ ⟧, where tokens of whitespace are shown as ␣, ↵ and ⇥.
 
-    A bracket of that kind in the text itself gets a backslash.
+    Such brackets in the text itself are escaped with a backslash.
     """
     out, inside = [], False
     for part, lost in zip(parts, pruned, strict=True):
@@ -509,8 +473,8 @@ def pruned_text(parts: Sequence[Piece], pruned: Sequence[bool]) -> str:
 
 
 def pruned_markdown(shown: Sequence[Case]) -> str:
-    """Appendix E.2 as Markdown: each case as a block of text, the prompt quoted in front of it."""
-    lines = ["Pruned tokens stand in ⟦ ⟧; there ␣, ↵ and ⇥ are tokens of whitespace.", ""]
+    """Appendix E.2 as Markdown: for each case a block with the prompt and one with the answer."""
+    lines = ["Pruned tokens are in ⟦ ⟧; there ␣, ↵ and ⇥ are tokens of whitespace.", ""]
     for case in shown:
         text = pruned_text(case.parts, case.pruned)
         fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", case.prompt + text)), default=0))
@@ -532,10 +496,9 @@ del { color: #c00000; background: #c0000018; }
 
 
 def pruned_html(shown: Sequence[Case]) -> str:
-    """Appendix E.2 as one self-contained page: pruned tokens red and struck through, a token's category on hover.
+    """Appendix E.2 as one self-contained page: pruned tokens red and struck through, their category on hover.
 
-    The text of an answer's element is the answer, character for character; whitespace that was pruned is made visible
-    by the style sheet.
+    The text of an answer's element is exactly the answer; the style sheet makes pruned whitespace visible.
     """
     body = []
     for case in shown:
@@ -556,14 +519,14 @@ def pruned_html(shown: Sequence[Case]) -> str:
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-COLOURS = {0: "#777777", 1: "#d55e00", 2: "#0072b2", 3: "#009e73", 4: "#cc79a7"}  # Okabe and Ito's, by quadrant
+COLOURS = {0: "#777777", 1: "#d55e00", 2: "#0072b2", 3: "#009e73", 4: "#cc79a7"}  # of quadrants, by Okabe and Ito
 
 
 def plot_plane(found: dict, path: str | Path) -> None:
-    """A panel for the first and the last step of `plane`, one for all samples of the run. Needs matplotlib.
+    """Panels for the first and the last step of `plane`, and one for all samples of the run. Needs matplotlib.
 
-    PPL is up and entropy to the right, as in README's table of quadrants. A step's first prune batch is drawn large,
-    with its quadrants; the step's other batches, each with quadrants of its own, are small.
+    PPL is the vertical axis and entropy the horizontal one. A step's first prune batch is drawn large, with its
+    quadrants; the other batches, which have quadrants of their own, are drawn small.
     """
     import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgba
@@ -608,7 +571,7 @@ def plot_plane(found: dict, path: str | Path) -> None:
 
 
 def _draw_quadrants(axis, cuts: dict) -> None:
-    """Tint the four corners that the thresholds cut, each with its name."""
+    """Colour and name the four corners that the thresholds cut."""
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     axis.set(xlim=(left, right), ylim=(bottom, top))
     for quadrant, (high_ppl, high_ent) in {
@@ -630,7 +593,7 @@ def _draw_quadrants(axis, cuts: dict) -> None:
 
 
 def plot_categories(groups: dict, path: str | Path) -> None:
-    """Figure 7: a panel for each group of `token_categories`, two bars a category. Needs matplotlib."""
+    """Figure 7: a panel for each group of `token_categories`, two bars for each category. Needs matplotlib."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 3.6), layout="constrained", sharey=True)
@@ -658,34 +621,30 @@ def plot_categories(groups: dict, path: str | Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="reproduce.cases", description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a Q-Tuning run with --log-selection")
-    parser.add_argument("--step", type=int, help="the step of plane, and where rows of quadrants start; none: several")
-    parser.add_argument("--out", type=Path, help="folder to write into; RUN/cases")
+    parser.add_argument("--step", type=int, help="the step of plane, the first step of quadrants; default: several, 1")
+    parser.add_argument("--out", type=Path, help="folder to write into; default: RUN/cases")
     args = parser.parse_args(argv)
     out = args.out or args.run / "cases"
-    try:
-        run = read_run(args.run)
-        config = run.config
+    with errors_in_one_line(parser.prog):
+        log = read_log(args.run)
+        config = log.config
         tokenizer = TextTokenizer.from_pretrained(config.model)
         loaded = load_samples(config.data, tokenizer, config.template, config.max_length, config.skip_bad_rows)[0]
         samples = {sample.id: sample for sample in loaded}
         rows = rows_by_id(config.data, samples)
-        on_plane = plane(run, [args.step] if args.step is not None else default_steps(run))
-        groups = token_categories(run, samples, tokenizer, rows)
-        shown = cases(run, samples, tokenizer, rows)
-        out.mkdir(parents=True, exist_ok=True)
-        write_aside(out / "plane.json", json.dumps(on_plane) + "\n")
-        write_aside(out / "tokens.json", json.dumps(groups, indent=1) + "\n")
-        write_aside(out / "quadrants.md", quadrant_rows(run, rows, first_step=args.step or 1))
-        write_aside(out / "pruned.md", pruned_markdown(shown))
-        write_aside(out / "pruned.html", pruned_html(shown))
+        on_plane = plane(log, [args.step] if args.step is not None else default_steps(log))
+        groups = token_categories(log, samples, tokenizer, rows)
+        shown = cases(log, samples, tokenizer, rows)
+        write_json(out / "plane.json", on_plane, indent=None)
+        write_json(out / "tokens.json", groups, indent=1)
+        write_text(out / "quadrants.md", quadrant_rows(log, rows, first_step=args.step or 1))
+        write_text(out / "pruned.md", pruned_markdown(shown))
+        write_text(out / "pruned.html", pruned_html(shown))
         try:
             plot_plane(on_plane, out / "plane.svg")
             plot_categories(groups, out / "tokens.svg")
         except ImportError:
-            print("no plots: matplotlib is not installed (the plot extra)", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+            print(f"{parser.prog}: no plots, since matplotlib (the plot extra) is not installed", file=sys.stderr)
     print(token_table(groups))
     print(f"\n{out}: plane.json, tokens.json, plane.svg, tokens.svg, quadrants.md, pruned.md, pruned.html")
 

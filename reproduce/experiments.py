@@ -1,11 +1,12 @@
-"""What the paper ran: every table and figure of scores, as rows of train.py's flags.
+"""The paper's experiments: every table and figure of scores, as rows of flags of train.py.
 
-A row is one run for every model and seed. A section is a budget, written as the paper writes it: 12.5x50 keeps
-12.5 % of the samples and 50 % of the tokens. Section and row names are those of paper.json. Which checkpoint,
-which rows and which further flags a name stands for is the preset's business (presets.py).
+A row is one run for every model and seed. A section is a budget, named as in the paper: 12.5x50 keeps 12.5 % of the
+samples and 50 % of the tokens. Section and row names are those of paper.json. A preset (presets.py) maps the names of
+models and data to files.
 
-Readings of names: PPL keeps the tokens of the lowest perplexity (B.3), Longest keeps the longest answers,
-SparseVLM is its text form, TokenCleaning ranks within a row; baselines.py has the other readings.
+Where the paper leaves open what a method's name means: PPL keeps the tokens of the lowest perplexity (Sec. B.3),
+Longest keeps the longest answers, SparseVLM is its text form, TokenCleaning ranks the tokens within a row. The other
+readings are in pruners/.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-Flags = tuple[str, ...]
-Sections = dict[str, dict[str, Flags | None]]  # section -> row -> flags; None: the model as it is, untuned
+Flags = tuple[str | float, ...]  # of train.py; a number is a factor of the preset's value, see BATCHES
+Sections = dict[str, dict[str, Flags | None]]  # section -> row -> flags; None: the untuned model
 
 SAMPLES = {
     "Random": "random",
@@ -40,7 +41,7 @@ STRONGER = ("Alpagasus", "Deita", "DS2", "LESS")
 
 
 def row(sample: str, token: str, budget: str, *more: str) -> Flags:
-    """Flags of one run; 100 % of samples or tokens is no pruner at all."""
+    """Flags of one run; 100 % of samples or tokens means no pruner of them."""
     samples, tokens = (float(share) / 100 for share in budget.split("x"))
     flags = ["--sample-pruner", SAMPLES[sample] if samples < 1 else "none"]
     flags += ["--token-pruner", TOKENS[token] if tokens < 1 else "none"]
@@ -58,7 +59,7 @@ ENDS: Sections = {"": {"Zero-Shot": None, "Full Dataset": row("Q-Tuning", "Q-Tun
 
 
 def pairs(*budgets: str, samples=("Random", "Longest", "InfoBatch", "Entropy"), tokens=tuple(TOKENS)[:4]) -> Sections:
-    """Every sample pruner with every token pruner, and Q-Tuning, at each budget."""
+    """Rows of every sample pruner with every token pruner, and of Q-Tuning, at each budget."""
     found = {}
     for budget in budgets:
         rows = {f"{sample}-{token}": row(sample, token, budget) for sample in samples for token in tokens}
@@ -67,7 +68,7 @@ def pairs(*budgets: str, samples=("Random", "Longest", "InfoBatch", "Entropy"), 
 
 
 def quadrants(*pruned: str) -> dict[str, Flags]:
-    """Rows named by what is pruned: samples of these quadrants | tokens of those. Q2 and Q4 are never dropped."""
+    """Rows named by what is pruned: quadrants that lose samples | quadrants that lose tokens."""
     rows = {}
     for name in pruned:
         samples, tokens = ([part[1:] for part in side.split()] for side in name.split("|"))
@@ -79,7 +80,7 @@ def quadrants(*pruned: str) -> dict[str, Flags]:
 
 
 def ablation(variants: dict[str, Flags], *budgets: str) -> Sections:
-    """Q-Tuning with further flags, at each budget."""
+    """Rows of Q-Tuning with further flags, at each budget."""
     return {budget: {name: qtuning(budget, *flags) for name, flags in variants.items()} for budget in budgets}
 
 
@@ -101,14 +102,14 @@ def strong_tokens(*budgets: str) -> Sections:
     return found
 
 
-# Per-device batches of the authors' script came with a learning rate in proportion; `x2` is twice the preset's.
+# The authors' script scaled the learning rate with the per-device batch; 2.0 is twice the preset's rate.
 BATCHES = {
     "batch 8": (),
-    "batch 16": ("--micro-batch", "16", "--lr", "x2"),
-    "batch 32": ("--micro-batch", "32", "--lr", "x4"),
+    "batch 16": ("--micro-batch", "16", "--lr", 2.0),
+    "batch 32": ("--micro-batch", "32", "--lr", 4.0),
 }
 LAMBDAS = {f"lambda {s}": ("--smoothing", s) if s != "0.5" else () for s in ("0", "0.3", "0.5", "0.7", "1")}
-# Table 4 as its ticks are printed, and the combinations that its text and Table 15 speak of.
+# The combinations printed in Table 4, and those that its text and Table 15 name.
 QUADRANTS = quadrants("Q3 | Q2", "Q1 Q3 |", "Q1 Q3 | Q4", "Q1 Q3 | Q2", "Q1 Q3 | Q2 Q4")
 ONE_AXIS = {
     **{
@@ -122,7 +123,7 @@ ONE_AXIS = {
         for share in ("50", "70")
     },
 }
-CHOICES = {  # of ours, beside the default
+CHOICES = {  # the default, and what other settings of ours give
     "Q-Tuning": (),
     "tokens leave the input (drop)": ("--token-pruning", "drop"),
     "reversed": ("--reverse",),
@@ -136,10 +137,10 @@ CHOICES = {  # of ours, beside the default
 @dataclass(frozen=True)
 class Experiment:
     title: str
-    models: tuple[str, ...]  # as the paper calls them; none: the preset's sizes
+    models: tuple[str, ...]  # the paper's names; empty: the preset's sizes
     data: str
     sections: Sections
-    table: str | None = None  # in paper.json; figures have no numbers there
+    table: str | None = None  # in paper.json, which has no numbers of figures
 
 
 TWO, THREE = ("LLaMA2-7B", "Mistral-7B"), ("LLaMA3-8B", "Mistral-7B", "SmolLM2-1.7B")
@@ -209,8 +210,8 @@ EXPERIMENTS = {
         ENDS | ablation(BATCHES | LAMBDAS, "25x50", "25x70", "50x70"),
     ),
     "figure6": Experiment("One axis alone", TWO, WIZARD, ENDS | ONE_AXIS),
-    "figure8": Experiment(  # the curves of these runs' held rows
-        "Held rows through training",
+    "figure8": Experiment(
+        "Held-out rows during training",
         ("LLaMA2-7B",),
         WIZARD,
         ENDS
@@ -219,7 +220,7 @@ EXPERIMENTS = {
             | {"Q-Tuning": qtuning("12.5x50")}
         },
     ),
-    "cases": Experiment(  # Figures 1, 2 and 7, Appendix E: what a run selected
+    "cases": Experiment(  # Figures 1, 2 and 7, Appendix E
         "What is selected",
         ("LLaMA2-7B",),
         WIZARD,
@@ -250,7 +251,7 @@ EXPERIMENTS = {
 
 
 def rows(experiment: Experiment) -> Iterator[tuple[str, str, Flags | None]]:
-    """(section, row, flags) in order."""
+    """(section, row, flags) of an experiment, in order."""
     for section, named in experiment.sections.items():
         for name, flags in named.items():
             yield section, name, flags

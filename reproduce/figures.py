@@ -1,8 +1,8 @@
-"""The paper's figures of scores, drawn from a preset's result file: python -m reproduce.report puts them on its page.
+"""The paper's figures of scores, drawn from a preset's result file for the page of reproduce/report.py.
 
-A figure has a panel for each task, and rows of them for each model where its models differ. Points are means over
-seeds, bars their 95 % intervals. Runs that are missing are left out; where no run of a method is there, there is no
-figure. Needs matplotlib (the plot extra).
+A figure has a panel for each task, and a row of panels for each model if its models differ. Points are means over
+seeds, bars their 95 % intervals. Missing runs are left out; without any run of a method there is no figure. Needs
+matplotlib (the plot extra).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from reproduce.runs import run_of
 
 STYLE = {
     "font.size": 9,
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # named at every text of an SVG
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # an SVG names them at every text
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -28,9 +28,9 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "reproduce",  # the same results give the same file
+    "svg.hashsalt": "reproduce",  # makes the file a function of the results
 }
-WIDTH, COLUMNS = 9.3, 3  # inches, which are 893 pixels of an SVG; panels side by side
+WIDTH, COLUMNS = 9.3, 3  # inches (893 pixels of an SVG), panels side by side
 UNTUNED, FULL, OURS = "Zero-Shot", "Full Dataset", "Q-Tuning"
 WORDS = {UNTUNED: "untuned", FULL: "full data"}
 ENDS = {UNTUNED: {"color": "#777777", "linestyle": ":"}, FULL: {"color": "black", "linestyle": "--"}}
@@ -49,7 +49,7 @@ MEASURES = {"rows_ppl": "perplexity", "rows_ent": "entropy, nats", "rows_nll": "
 
 
 def draw(results: report.Results, folder: str | Path) -> list[str]:
-    """Write figure3.svg, figure4.svg, ... into `folder`, those that have something to show; returns their names."""
+    """Write figure3.svg, figure4.svg, ... into `folder`, those with runs to show; returns their names."""
     import matplotlib
 
     written = []
@@ -67,7 +67,7 @@ def draw(results: report.Results, folder: str | Path) -> list[str]:
 
 
 def models(results: report.Results, experiment: Experiment) -> dict[str, str]:
-    """An experiment's models, each checkpoint once, and what to call them: nothing, where there is but one."""
+    """An experiment's models, each checkpoint once -> its title, "" if it is the only one."""
     first = {}
     for model in experiment.models:
         first.setdefault(run_of(results.preset, model, experiment.data, None, 0).model, model)
@@ -79,19 +79,19 @@ def budgets(experiment: Experiment) -> list[str]:
 
 
 def ends(results: report.Results, experiment: Experiment, model: str) -> dict[str, list[dict]]:
-    """The runs of the untuned model and of full data, where they are there."""
+    """The runs of the untuned model and of full data, as far as there are any."""
     found = {name: results.of(experiment, model, flags) for name, flags in experiment.sections[""].items()}
     return {name: runs for name, runs in found.items() if runs}
 
 
 def mean_and_margin(runs: list[dict], task: str) -> tuple[float, float]:
-    """The margin of one seed is 0, which draws no bar; NaN without runs, which cuts a line."""
+    """The mean score and half its 95 % interval: 0 for one seed, which draws no bar; NaN without runs, a gap."""
     found = report.values(runs, task)
     return (statistics.mean(found), noise.mean_margin(found) or 0.0) if found else (math.nan, 0.0)
 
 
 def seeds(every: Iterable[list[dict]]) -> str:
-    """What the points of tuned models are."""
+    """A legend for the points of tuned models: the number of seeds."""
     counts = sorted({len(runs) for runs in every if runs and runs[0]["flags"] is not None})
     if counts[-1] == 1:
         return "one seed"
@@ -99,9 +99,11 @@ def seeds(every: Iterable[list[dict]]) -> str:
 
 
 def panels(title: str, rows: list[str], each: int, height: float):
-    """A figure of `each` panels for every row, its subfigures and their axes: (figure, [(subfigure, axes), ...]).
+    """(figure, [(subfigure, axes), ...]): a figure with `each` panels in every row.
 
-    `rows` are the rows' titles, "" for none; `height` in inches, of a panel with its labels.
+    Args:
+        rows:   titles of the rows, "" for none.
+        height: of a panel with its labels, inches.
     """
     from matplotlib.figure import Figure
 
@@ -125,7 +127,7 @@ def name_task(axis, results: report.Results, task: str) -> None:
 
 
 def add_legend(part, axis) -> None:
-    """Below all panels; each has the same names."""
+    """Add one legend below all panels, which have the same names."""
     handles, names = axis.get_legend_handles_labels()
     if names:
         part.legend(handles, names, loc="outside lower center", ncols=len(names))
@@ -140,7 +142,7 @@ class Chart:
     ticks: list[str]
     lines: dict[str, list[list[dict]]]  # name -> the runs at each tick
     looks: dict[str, dict]
-    across: dict[str, list[dict]]  # drawn from side to side: runs for which the setting means nothing
+    across: dict[str, list[dict]]  # horizontal lines: runs that the setting does not change
 
     def methods(self) -> list[list[dict]]:
         return [runs for name, points in self.lines.items() if name not in ENDS for runs in points if runs]
@@ -151,8 +153,8 @@ def line_figure(results: report.Results, experiment: Experiment, title: str, cha
     if not charts:
         return None
     tasks = results.tasks(experiment)
-    told = seeds(runs for chart in charts for runs in chart.methods())
-    figure, parts = panels(f"{title}\n{told}", [chart.title for chart in charts], len(tasks), 2.3)
+    note = seeds(runs for chart in charts for runs in chart.methods())
+    figure, parts = panels(f"{title}\n{note}", [chart.title for chart in charts], len(tasks), 2.3)
     for (part, axes), chart in zip(parts, charts, strict=True):
         for axis, task in zip(axes, tasks, strict=True):
             for name, runs in chart.across.items():
@@ -177,7 +179,7 @@ def line_figure(results: report.Results, experiment: Experiment, title: str, cha
 
 
 def figure3(results: report.Results):
-    """Stronger pruners of samples and of tokens at 12.5x50, a line each; a small stroke is a seed."""
+    """Stronger pruners of samples and of tokens at 12.5x50, one line for each; a small stroke is a seed."""
     experiment = EXPERIMENTS["figure3"]
     (budget,) = budgets(experiment)
     named = dict(sorted(experiment.sections[budget].items(), key=lambda item: item[0] == OURS))  # ours last
@@ -189,11 +191,11 @@ def figure3(results: report.Results):
     if not found:
         return None
     tasks = results.tasks(experiment)
-    told = seeds(runs for rows in found.values() for runs in rows.values())
-    told = f"sample pruner-token pruner; {told}{'' if told == 'one seed' else ', strokes: seeds'}"
+    note = seeds(runs for rows in found.values() for runs in rows.values())
+    note = f"sample pruner-token pruner; {note}{'' if note == 'one seed' else ', strokes: seeds'}"
     title = "Stronger pruners, {} % of the samples and {} % of their tokens kept".format(*budget.split("x"))
     height = 0.6 + 0.2 * max(len(rows) for rows in found.values())
-    figure, parts = panels(f"{title}\n{told}", [title for _, title in found], len(tasks), height)
+    figure, parts = panels(f"{title}\n{note}", [title for _, title in found], len(tasks), height)
     for (part, axes), ((model, _), rows) in zip(parts, found.items(), strict=True):
         for number, (axis, task) in enumerate(zip(axes, tasks, strict=True)):
             for name, runs in ends(results, experiment, model).items():
@@ -242,7 +244,7 @@ def figure5(results: report.Results):
 
 
 def figure6(results: report.Results):
-    """One axis alone: some samples with whole answers, or some tokens of all samples."""
+    """Pruning along one axis: some samples with whole answers, or some tokens of all samples."""
     experiment = EXPERIMENTS["figure6"]
     charts = []
     for model, title in models(results, experiment).items():
@@ -259,19 +261,21 @@ def figure6(results: report.Results):
 
 
 def figure8(results: report.Results):
-    """Perplexity, entropy and NLL of the held rows through training; step 0 is the untuned model."""
+    """Perplexity, entropy and NLL of the held-out rows during training; step 0 is the untuned model."""
     experiment = EXPERIMENTS["figure8"]
     (budget,), (model,) = budgets(experiment), models(results, experiment)
     rows = {name: results.of(experiment, model, flags) for name, flags in experiment.sections[budget].items()}
     if not any(rows.values()):
         return None
     known = ends(results, experiment, model)
-    start = [run["held"] for run in known.pop(UNTUNED, [])]
+    start = [run["held"] for run in known.pop(UNTUNED, [])]  # `held`: measures of the held-out rows
     found = known | {name: runs for name, runs in rows.items() if runs}
-    title = "Held rows through training, {} % of the samples and {} % of their tokens kept".format(*budget.split("x"))
+    title = "Held-out rows during training, {} % of the samples and {} % of their tokens kept".format(
+        *budget.split("x")
+    )
     many = any(len(runs) > 1 for runs in found.values())
-    told = "lines: mean of the seeds, bands: lowest to highest seed" if many else "one seed"
-    figure, ((part, axes),) = panels(f"{title}\n{told}", [""], len(MEASURES), 2.7)
+    note = "lines: mean of the seeds, bands: lowest to highest seed" if many else "one seed"
+    figure, ((part, axes),) = panels(f"{title}\n{note}", [""], len(MEASURES), 2.7)
     for axis, (measure, words) in zip(axes, MEASURES.items(), strict=True):
         for name, runs in found.items():
             steps = [step for held in (*start, runs[0]["held"]) for step in held["step"]]

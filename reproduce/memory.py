@@ -1,34 +1,34 @@
-"""Memory of scoring, LoRA and full tuning, from first principles, for the models of the paper.
+"""Memory of scoring, LoRA and full tuning by formula, for the paper's models.
 
-    python -m reproduce.memory             the table for one forward pass of 2048 tokens, of a result file
-    python -m reproduce.memory --measure   first measure steps of SmolLM2-135M's sizes on 512 tokens; write the file
+    python -m reproduce.memory [--out FILE.json]      compute the formulas, and measure steps of SmolLM2-135M's sizes
+    python -m reproduce.memory --table FILE.json      print the tables of a result file (reproduce/results/memory.json)
 
-What is counted, for P parameters of which A train, with 16-bit activations as train.py has them on a GPU:
-  - weights: 2 P bytes to score or for LoRA (bf16; its own 4 A in fp32), 4 P for full tuning (fp32, under autocast);
+The formula counts, for P parameters of which A train, with 16-bit activations as train.py has them on a GPU:
+  - weights: 2 P bytes for scoring or LoRA (bf16; LoRA's own 4 A in fp32), 4 P for full tuning (fp32, under autocast);
   - gradients and AdamW's two moments, fp32: 12 A bytes;
-  - what the layers keep for the backward pass (`activation_bytes`: exact, a test counts the tensors), or with
-    activation checkpointing every layer's input and the rest for one layer at a time;
-  - the head's workspace: the logits of LOSS_ROWS tokens to train, a tile of them to score, never (N, V); for full
-    tuning also the gradient that its weight gets on the way forward, and its 16-bit copy.
-Not counted: what the allocator holds in reserve, and what CUDA and its libraries take.
+  - what autograd keeps of the layers for the backward pass (`activation_bytes`; a test counts the tensors), or with
+    activation checkpointing the input of every layer, and the rest for one layer at a time;
+  - the head's workspace: the logits of LOSS_ROWS tokens in training, a tile of them in scoring, never (N, V); in full
+    tuning also the gradient of its weight, which the forward pass computes, and the weight's 16-bit copy.
+It does not count the allocator's reserve and what CUDA and its libraries take.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from data.sft import Sample
-from model import ModelConfig, Transformer, add_lora
-from passes import LOSS_ROWS, TILE, TokenLoss, pack, score
-from train import write_aside
+from model import ModelConfig, Transformer
+from reproduce import bench
+from reproduce.tables import markdown
+from training.head import LOSS_ROWS, TILE, TokenLoss
+from training.lora import add_lora
+from training.packing import pack
+from training.scoring import score
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 TOKENS = 2048
@@ -43,7 +43,7 @@ KEYS = (
     "num_key_value_heads",
     "tie_word_embeddings",
 )
-MODELS = {  # the models that the paper tunes, and a small one to measure
+MODELS = {  # the paper's models, and a small one to measure
     name: ModelConfig.from_dict(dict(zip(KEYS, values, strict=True)))
     for name, values in {
         "LLaMA2-7B": ("llama", 32000, 4096, 11008, 32, 32, 32, False),
@@ -60,20 +60,21 @@ MODES = ("score", "lora, checkpointing", "lora", "full, checkpointing", "full")
 
 
 def meta_model(cfg: ModelConfig, lora_rank: int = 0) -> Transformer:
+    """A model without memory, to count its parameters; lora_rank 0: without LoRA."""
     with torch.device("meta"):
         model = Transformer(cfg)
         return add_lora(model, lora_rank, alpha=2 * lora_rank) if lora_rank else model
 
 
 def layer_bytes(cfg: ModelConfig, tokens: int, lora_rank: int, bf16: bool) -> int:
-    """What autograd keeps of one decoder layer for the backward pass, in bytes; lora_rank 0 is full tuning."""
+    """Bytes that autograd keeps of one decoder layer for the backward pass; lora_rank 0: full tuning."""
     hidden, s, full = cfg.hidden_size, 2 if bf16 else 4, lora_rank == 0
     heads, kv_heads = cfg.num_attention_heads, cfg.num_key_value_heads
     q, kv = heads * cfg.head_dim, kv_heads * cfg.head_dim
     norms = 2 * (4 * hidden + 4)  # of both: the input and the reciprocal rms, fp32
     if not full:
-        norms += 2 * s * hidden  # what the projections and LoRA take
-    else:  # the normalised values, for the weight's gradient, and what the projections take: of fp32 one bf16 copy each
+        norms += 2 * s * hidden  # inputs of the projections and of LoRA
+    else:  # normalised values, for the weight's gradient, and inputs of the projections: with bf16 a copy for each
         norms += 2 * 4 * hidden + (5 * 2 * hidden if bf16 else 2 * 4 * hidden)
     attention = s * (2 * q + 2 * kv) + 4 * heads  # queries, keys, values, output; log-sum-exp
     if cfg.model_type == "qwen3":  # the norms of queries and keys
@@ -86,7 +87,7 @@ def layer_bytes(cfg: ModelConfig, tokens: int, lora_rank: int, bf16: bool) -> in
 
 
 def activation_bytes(cfg: ModelConfig, tokens: int, lora_rank: int, bf16: bool, checkpointing: bool) -> int:
-    """What autograd keeps of `Transformer.hidden_states` for the backward pass, in bytes."""
+    """Bytes that autograd keeps of `Transformer.hidden_states` for the backward pass."""
     layers, full = cfg.num_hidden_layers, lora_rank == 0
     once = tokens * (2 * 4 * cfg.head_dim + 4 * cfg.hidden_size + 4)  # cos, sin; the last norm
     once += tokens * (8 + 4 * cfg.hidden_size) if full else 0  # token ids; the last norm's normalised values
@@ -94,7 +95,7 @@ def activation_bytes(cfg: ModelConfig, tokens: int, lora_rank: int, bf16: bool, 
         stream = 2 if bf16 and not full else 4  # bytes of a value between the layers
         return once + layers * tokens * stream * cfg.hidden_size + layer_bytes(cfg, tokens, lora_rank, bf16)
     total = once + layers * layer_bytes(cfg, tokens, lora_rank, bf16)
-    if not full:  # no gradient goes on from the first layer to a frozen embedding: less its norm and A of q, k, v
+    if not full:  # the frozen embedding needs no gradient: the first layer keeps neither its norm nor A of q, k, v
         total -= tokens * (4 * cfg.hidden_size + 4) + (3 * 2 * lora_rank * cfg.hidden_size if bf16 else 0)
     return total
 
@@ -102,14 +103,18 @@ def activation_bytes(cfg: ModelConfig, tokens: int, lora_rank: int, bf16: bool, 
 def peak_bytes(
     cfg: ModelConfig, tokens: int, mode: str, lora_rank: int = 8, bf16: bool = True, device: str = "cuda"
 ) -> int:
-    """Weights, gradients, moments, activations and the head's workspace of one pass over `tokens` tokens."""
+    """Bytes of weights, gradients, moments, activations and the head's workspace, for one pass over `tokens` tokens.
+
+    Args:
+        mode: one of MODES.
+    """
     kind = mode.partition(",")[0]
     model = meta_model(cfg, lora_rank if kind == "lora" else 0)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     s = 2 if bf16 else 4
     if kind == "score":
-        alive = s * tokens * (3 * cfg.hidden_size + 3 * cfg.intermediate_size)  # at once, in the feed-forward
+        alive = s * tokens * (3 * cfg.hidden_size + 3 * cfg.intermediate_size)  # at once, in the feed-forward layer
         rows, columns = TILE[device]
         return s * total + alive + 3 * 4 * min(rows, tokens) * min(columns, cfg.vocab_size)
     rank = lora_rank if kind == "lora" else 0
@@ -120,82 +125,69 @@ def peak_bytes(
     return weights + 12 * trained + activation_bytes(cfg, tokens, rank, bf16, "checkpointing" in mode) + head
 
 
-def allocated_peak(work: Callable[[], object]) -> int:
-    """The most bytes that torch's CPU allocator had given out at once while `work` ran, beyond those before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
 def measured_peak(cfg: ModelConfig, tokens: int, mode: str, bf16: bool, lora_rank: int = 8) -> int:
-    """The same for a real step on the CPU, random weights: the most that torch's allocator had given out at once."""
+    """`peak_bytes` measured: weights, and the peak of torch's allocator in a real step on the CPU, random weights."""
     kind = mode.partition(",")[0]
     model = Transformer(cfg).to(torch.bfloat16 if bf16 and kind != "full" else torch.float32)
     if kind == "lora":
         add_lora(model, lora_rank, alpha=2 * lora_rank)
-    model.activation_checkpointing = "checkpointing" in mode
     trained = [p for p in model.parameters() if p.requires_grad]
     row = torch.randint(cfg.vocab_size, (tokens + 1,)).tolist()
     sample = Sample(id="", input_ids=row, labels=row)
     autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+    token_loss = TokenLoss(model, "checkpointing" in mode)
 
     def steps() -> None:
         if kind == "score":
             score(model, [sample], tokens, autocast)
         else:
             optimizer = torch.optim.AdamW(trained, fused=True)
-            for _ in range(2):  # the second step has moments, its second pass gradients
+            for _ in range(2):  # the second step has moments, and its second pass has gradients
                 for _ in range(2):
                     with autocast:
-                        loss, _ = TokenLoss(model)(*pack([sample], "cpu"))
+                        loss, _ = token_loss(*pack([sample], "cpu"))
                     loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
-    return sum(p.nbytes for p in model.parameters()) + allocated_peak(steps)
+    return sum(p.nbytes for p in model.parameters()) + bench.allocated_peak(steps)
 
 
-def table(results: dict) -> str:
-    """Two Markdown tables: GiB by formula of every model, and the formula beside what was measured."""
-    gib = [["model", "parameters", *MODES], ["---"] * (2 + len(MODES))]
-    for name, row in results["gib"].items():
-        gib.append([name, f"{results['parameters'][name] / 1e9:.2f} B", *(f"{row[mode]:.1f}" for mode in MODES)])
-    check = [["measured", "dtype", "formula", "measured", "ratio"], ["---"] * 5]
-    for row in results["measured"]:
-        ratio = f"{row['formula_gib'] / row['measured_gib']:.2f}"
-        check.append([row["mode"], row["dtype"], f"{row['formula_gib']:.2f}", f"{row['measured_gib']:.2f}", ratio])
-    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in rows) for rows in (gib, check))
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="reproduce.memory", description=__doc__.partition("\n")[0])
-    parser.add_argument("--measure", action="store_true", help="measure here and write --out; else read it")
-    parser.add_argument("--out", default=str(RESULT), help="%(default)s")
-    args = parser.parse_args(argv)
-    if args.measure:
-        results = {
-            "tokens": TOKENS,
-            "parameters": {name: sum(p.numel() for p in meta_model(cfg).parameters()) for name, cfg in MODELS.items()},
-            "gib": {
-                name: {mode: peak_bytes(cfg, TOKENS, mode) / 2**30 for mode in MODES} for name, cfg in MODELS.items()
-            },
-            "torch": torch.__version__,
-            "measured_tokens": MEASURED_TOKENS,
-            "measured": [],
-        }
-        cfg = MODELS[MEASURED_MODEL]
-        for mode, bf16 in tqdm([(mode, bf16) for bf16 in (False, True) for mode in MODES], desc="measure"):
+def measure(args: argparse.Namespace) -> dict:
+    """The result: GiB of every model and mode by formula, and of one small model also measured."""
+    results = {
+        "tokens": TOKENS,
+        "parameters": {name: sum(p.numel() for p in meta_model(cfg).parameters()) for name, cfg in MODELS.items()},
+        "gib": {name: {mode: peak_bytes(cfg, TOKENS, mode) / 2**30 for mode in MODES} for name, cfg in MODELS.items()},
+        "torch": torch.__version__,
+        "measured_tokens": MEASURED_TOKENS,
+        "measured": [],
+    }
+    cfg = MODELS[MEASURED_MODEL]
+    with bench.progress(2 * len(MODES), "memory") as bar:
+        for mode, bf16 in [(mode, bf16) for bf16 in (False, True) for mode in MODES]:
             row = {"mode": mode, "dtype": "bf16" if bf16 else "fp32"}
             row["formula_gib"] = peak_bytes(cfg, MEASURED_TOKENS, mode, bf16=bf16, device="cpu") / 2**30
             row["measured_gib"] = measured_peak(cfg, MEASURED_TOKENS, mode, bf16) / 2**30
             results["measured"].append(row)
-        write_aside(Path(args.out), json.dumps(results, indent=1) + "\n")
-    print(table(json.loads(Path(args.out).read_text(encoding="utf-8"))))
+            bar.update()
+    return results
+
+
+def table(results: dict) -> str:
+    """Two Markdown tables: GiB of every model by formula, and the formula beside what was measured."""
+    gib = [["model", "parameters", *MODES]]
+    for name, row in results["gib"].items():
+        gib.append([name, f"{results['parameters'][name] / 1e9:.2f} B", *(f"{row[mode]:.1f}" for mode in MODES)])
+    check = [["measured", "dtype", "formula", "measured", "ratio"]]
+    for row in results["measured"]:
+        ratio = f"{row['formula_gib'] / row['measured_gib']:.2f}"
+        check.append([row["mode"], row["dtype"], f"{row['formula_gib']:.2f}", f"{row['measured_gib']:.2f}", ratio])
+    return "\n\n".join((markdown(gib), markdown(check)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    bench.main(argv, "reproduce.memory", __doc__.partition("\n")[0], lambda parser: None, measure, (table,))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How far a mean over a few seeds can be trusted: Student's t intervals of means and of differences of means.
+"""Student's t intervals of means over a few seeds, and of differences of such means.
 
-What varies is what --seed sets: the order of rows and the draws of random pruners. The tests' items are the same in
-all runs; whether others would say the same is another question, which the scorers' own intervals answer.
+The spread over seeds is that of the order of rows and of the draws of random pruners. All runs are scored on the same
+items; the uncertainty from the choice of items is what the intervals of eval/statistics.py measure.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def t975(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t distribution."""
     if freedom <= len(T975):
         return T975[freedom - 1]
     z = statistics.NormalDist().inv_cdf(0.975)
@@ -22,15 +23,15 @@ def t975(freedom: int) -> float:
 
 
 def mean_margin(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of the mean; None of fewer than two values."""
+    """Half the width of the 95 % interval of the mean; None for fewer than two values."""
     n = len(values)
     return t975(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 def difference_margin(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of mean(a) - mean(b), their variances pooled; None where nothing varies.
+    """Half the width of the 95 % interval of mean(a) - mean(b), variances pooled; None for one value of each.
 
-    One value alone (an untuned model) is taken as exact: it has no seed.
+    A single value beside several counts as exact: it is that of an untuned model, which has no seed.
     """
     if len(a) == 1 or len(b) == 1:
         return mean_margin(a if len(b) == 1 else b)
@@ -40,5 +41,9 @@ def difference_margin(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def proportions_margin(a: tuple[float, int], b: tuple[float, int]) -> float:
-    """The same for two scores in percent, of n items each, taken as independent: where there is one run of each."""
+    """Half the width of the 95 % interval of a difference of two scores over items.
+
+    Args:
+        a, b: (score in percent, number of items); the two are taken as independent.
+    """
     return 1.96 * math.sqrt(sum(score * (100 - score) / n for score, n in (a, b)))

@@ -1,18 +1,17 @@
-"""What the names of experiments.py stand for: checkpoints, rows, settings and tests, at each scale.
+"""Three scales of the experiments: the checkpoints, rows, settings and tests behind the names of experiments.py.
 
-tiny   the embedded default, one epoch of it, on a CPU. Every model is the embedded one, its word problems stand for
-       MathInstruct, and the sizes of Figure 4 are bases of 1, 2 and 4 layers.
-small  SmolLM2-135M on 1,280 real rows, for a patient CPU: the experiment `smollm2`. Alpaca's rows are data/alpaca.json.
-paper  the paper's models, data and settings on 8 GPUs of 80 GiB. Settings are train.py's defaults, which are the
-       paper's.
+tiny   the embedded default, one epoch of it, on a CPU. Every model is the embedded one, its word problems replace
+       MathInstruct, and the sizes of Figure 4 are base models of 1, 2 and 4 layers.
+small  SmolLM2-135M on 1,280 real rows, some hours on a CPU: the experiment `smollm2`. It reads Alpaca's rows from
+       data/alpaca.json.
+paper  the paper's models, data and settings on 8 GPUs of 80 GiB. train.py's defaults are the paper's settings.
 
-Checkpoints are looked for in models/, rows and tests where `python -m data.download NAME --out data` puts them; but
-TriviaQA and MATH come as parquet, and are looked for as data/triviaqa/dev.jsonl, data/math/train.jsonl and test.jsonl.
+Checkpoints are expected in models/, rows and tests where `python -m data.download NAME --out data` puts them. TriviaQA
+and MATH come as parquet; they are expected as data/triviaqa/dev.jsonl, data/math/train.jsonl and data/math/test.jsonl.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
@@ -23,43 +22,58 @@ from pathlib import Path
 import train
 from data.sft import read_rows
 from eval.gsm8k import ANNOTATION
-from reproduce.experiments import EXPERIMENTS, HERMES, MATH, SMALL, WIZARD, Flags
+from reproduce.experiments import EXPERIMENTS, HERMES, MATH, SMALL, WIZARD
 from reproduce.quickstart import TINY, heldout_rows
+from training.files import write_json
 
-Test = tuple[str, Flags]  # a scorer of eval/, and its flags
+Test = tuple[str, tuple[str, ...]]  # a module of eval/, and its flags
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One scale; `models`, `data` and `tests` go by the paper's names."""
+    """One scale of the experiments.
+
+    Attributes:
+        models, data: the paper's name -> checkpoint folder, file of rows.
+        tests:        name of the data that a run is tuned on -> task -> test.
+        settings:     flags of train.py for every run.
+        lr:           the learning rate of `settings`, for the factors in experiments.py.
+        heldout:      rows whose loss, perplexity and entropy are logged during training.
+        targets:      LESS: files of rows of the target tasks.
+        make_files:   (preset, names of models) -> None: writes the files above that have to be made for runs of these
+            models.
+        sizes:        the models of an experiment that compares sizes (Figure 4).
+        templates:    name of a model -> --template.
+        devices:      GPUs that torchrun uses for a run; 0: each run is a process on this machine's CPU.
+    """
 
     name: str
     models: dict[str, Path]
     data: dict[str, Path]
-    tests: dict[str, dict[str, Test]]  # data that a run is tuned on -> task -> scorer
-    settings: Flags  # of train.py, for every run
-    lr: float  # what `--lr x2` is twice of
-    held: Path  # rows whose loss, perplexity and entropy are followed through training
-    targets: tuple[Path, ...]  # LESS: rows of the kind that is wanted, a file for each
+    tests: dict[str, dict[str, Test]]
+    settings: tuple[str, ...]
+    lr: float
+    heldout: Path
+    targets: tuple[Path, ...]
     experiments: tuple[str, ...]
-    make_files: Callable[[Preset, set[str]], None]  # writes what is derived of the above, for runs of these models
-    sizes: tuple[str, ...] = ()  # the models of an experiment that compares sizes (Figure 4)
-    templates: dict[str, str] = field(default_factory=dict)  # model -> --template
-    devices: int = 0  # that torchrun spreads a run over; 0: runs are spread over processes of this machine
+    make_files: Callable[[Preset, set[str]], None]
+    sizes: tuple[str, ...] = ()
+    templates: dict[str, str] = field(default_factory=dict)
+    devices: int = 0
     keep_weights: bool = True
 
 
 def rows_of(path: Path) -> list[dict]:
+    """The rows of a data file.
+
+    Raises:
+        ValueError: a line is not valid JSON, by file and line.
+    """
     rows = read_rows(path)
     for line, row in rows:
         if isinstance(row, ValueError):
             raise ValueError(f"{path}:{line}: {row}")
     return [row for _, row in rows]
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    train.write_aside(path, json.dumps(rows, ensure_ascii=False) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------- tiny
@@ -84,7 +98,7 @@ def tiny(runs: Path) -> Preset:
         tests={WIZARD: TINY_TESTS, HERMES: TINY_TESTS, MATH: {"gsm8k": TINY_TESTS["gsm8k"]}},
         settings=("--lora-rank", "0", "--lr", str(train.TINY["lr"]), "--max-length", "512", "--epochs", "1"),
         lr=train.TINY["lr"],
-        held=runs / "held.json",
+        heldout=runs / "heldout.json",
         targets=(runs / "target-problems.json", runs / "target-facts.json"),
         experiments=tuple(name for name in EXPERIMENTS if name != SMALL),
         make_files=make_tiny_files,
@@ -93,14 +107,14 @@ def tiny(runs: Path) -> Preset:
 
 
 def make_tiny_files(preset: Preset, needed: set[str]) -> None:
-    """The word problems; 50 questions of each test with their right answers; 8 rows of each sort, planted as right;
-    the smaller bases, of the same world (ten minutes each)."""
+    """The word problems; 50 questions of each test with their answers; 8 correct rows of each sort as LESS's targets;
+    the smaller base models, which train on the same world (ten minutes each)."""
     rows = rows_of(preset.data[WIZARD])
-    write_rows(preset.data[MATH], [row for row in rows if row["input"]])
-    write_rows(preset.held, heldout_rows()[::6])
-    right = [row for row in random.Random(1).sample(rows, len(rows)) if row["kind"] == "clean"]
-    write_rows(preset.targets[0], [row for row in right if row["input"]][:8])
-    write_rows(preset.targets[1], [row for row in right if not row["input"]][:8])
+    write_json(preset.data[MATH], [row for row in rows if row["input"]])
+    write_json(preset.heldout, heldout_rows()[::6])
+    correct = [row for row in random.Random(1).sample(rows, len(rows)) if row["kind"] == "clean"]
+    write_json(preset.targets[0], [row for row in correct if row["input"]][:8])
+    write_json(preset.targets[1], [row for row in correct if not row["input"]][:8])
     for name in needed & set(preset.sizes):
         base = preset.models[name]
         if not base.exists():
@@ -110,7 +124,7 @@ def make_tiny_files(preset: Preset, needed: set[str]) -> None:
 
 # ------------------------------------------------------------------------------------- small and paper
 
-ARC = Path("data/arc/ARC-V1-Feb2018-2")  # as the archive unpacks
+ARC = Path("data/arc/ARC-V1-Feb2018-2")  # the archive's own folder
 ARC_TESTS = {
     "arc_easy": ("eval.arc", ("--data", str(ARC / "ARC-Easy" / "ARC-Easy-Dev.jsonl"))),
     "arc_challenge": ("eval.arc", ("--data", str(ARC / "ARC-Challenge" / "ARC-Challenge-Dev.jsonl"))),
@@ -131,7 +145,7 @@ def small(runs: Path) -> Preset:
         },
         settings=("--epochs", "1"),
         lr=1e-4,
-        held=runs / "held.json",
+        heldout=runs / "heldout.json",
         targets=(),
         experiments=(SMALL,),
         make_files=make_small_files,
@@ -139,20 +153,20 @@ def small(runs: Path) -> Preset:
 
 
 def make_small_files(preset: Preset, needed: set[str]) -> None:
-    """640 rows of GSM8K's training split and 640 of Alpaca's; 50 others of each are held out."""
+    """640 rows of GSM8K's training split and 640 of Alpaca; 50 others of each are held out."""
     problems = [
         {"id": f"gsm8k-{i}", "instruction": row["question"], "input": "", "output": ANNOTATION.sub("", row["answer"])}
         for i, row in enumerate(rows_of(Path("data/gsm8k/train.jsonl")))
     ]
     answered = [row for row in rows_of(Path("data/alpaca.json")) if row["output"].strip()]
     alpaca = [{"id": f"alpaca-{i}", **row} for i, row in enumerate(answered)]
-    draw, mixed, held = random.Random(0), [], []
+    draw, mixed, heldout = random.Random(0), [], []
     for rows in (problems, alpaca):
         taken = sorted(draw.sample(range(len(rows)), 640))
         mixed += [rows[i] for i in taken]
-        held += random.Random(1).sample([row for i, row in enumerate(rows) if i not in set(taken)], 50)
-    write_rows(preset.data[SMALL], mixed)
-    write_rows(preset.held, held)
+        heldout += random.Random(1).sample([row for i, row in enumerate(rows) if i not in set(taken)], 50)
+    write_json(preset.data[SMALL], mixed)
+    write_json(preset.heldout, heldout)
 
 
 def paper(runs: Path) -> Preset:
@@ -190,7 +204,7 @@ def paper(runs: Path) -> Preset:
         tests={WIZARD: tasks, HERMES: tasks, MATH: maths},
         settings=("--activation-checkpointing", "--pass-tokens", "4096"),
         lr=1e-4,
-        held=runs / "held.json",
+        heldout=runs / "heldout.json",
         targets=(runs / "targets.json",),
         experiments=tuple(name for name in EXPERIMENTS if name not in (SMALL, "choices", "pairings")),
         make_files=make_paper_files,
@@ -199,10 +213,10 @@ def paper(runs: Path) -> Preset:
 
 
 def make_paper_files(preset: Preset, needed: set[str]) -> None:
-    """100 rows of WizardLM to follow; 8 of GSM8K's training split as LESS's targets."""
-    write_rows(preset.held, random.Random(0).sample(rows_of(preset.data[WIZARD]), 100))
+    """100 rows of WizardLM, which also train, in place of held-out ones; 8 GSM8K training rows as LESS's targets."""
+    write_json(preset.heldout, random.Random(0).sample(rows_of(preset.data[WIZARD]), 100))
     rows = rows_of(Path("data/gsm8k/train.jsonl"))[:8]
-    write_rows(preset.targets[0], [{"prompt": row["question"], "response": row["answer"]} for row in rows])
+    write_json(preset.targets[0], [{"prompt": row["question"], "response": row["answer"]} for row in rows])
 
 
 PRESETS = {"tiny": tiny, "small": small, "paper": paper}

@@ -1,49 +1,50 @@
-"""The main job on the embedded default: tune it with Q-Tuning, score it before and after, say what was pruned.
+"""The embedded default, tuned with Q-Tuning and scored before and after.
 
     python -m reproduce.quickstart [--out runs/default] [--seed 0]
 
-Ends in a table; the same numbers stand in OUT/quickstart.json. Run again, it goes on where it stopped.
+It prints what was selected and ends in a summary of eight lines; OUT/quickstart.json holds the same numbers. An
+interrupted run is continued by the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
-import passes
 import train
-from data.sft import IGNORE_INDEX, Sample, load_samples
+from data.sft import Sample, load_samples
 from data.tokenizer import TextTokenizer
 from eval import arc, gsm8k
+from eval.common import errors_in_one_line
 from model import Transformer
-from qtuning import Quadrant
+from qtuning import IGNORE_INDEX, Quadrant
+from training.files import read_json, read_jsonl, write_json, write_text
+from training.scoring import score
 
 TINY = Path(train.TINY["data"]).parent
-KINDS = ("clean", "padded", "misconception", "known", "wrong")  # what data/tiny/make.py plants
+KINDS = ("clean", "padded", "misconception", "known", "wrong")  # the kinds of rows that data/tiny/make.py plants
 
 
 # --------------------------------------------------------------------------------------------- scoring
 
 
 def scores(folder: Path, scratch: Path) -> dict:
-    """Accuracy on the embedded tests (percent, with 95% intervals), and the loss on their right answers."""
+    """Accuracy on the embedded tests (percent, with 95 % intervals), and the loss on their right answers."""
     model, tokenizer = Transformer.from_pretrained(folder).eval(), TextTokenizer.from_pretrained(folder)
     results = {
         "arc": arc.evaluate(model, tokenizer, arc.read_items(TINY / "arc_test.jsonl")),
         "gsm8k": gsm8k.evaluate(model, tokenizer, gsm8k.read_items(TINY / "gsm8k_test.jsonl"), max_new_tokens=96),
     }
-    rows = heldout_samples(tokenizer, scratch)
-    nll, _, loss_mask = passes.score(model, rows, 4096, nullcontext())
+    nll, _, loss_mask = score(model, heldout_samples(tokenizer, scratch), 4096, nullcontext())
     kept = {task: {key: r[key] for key in ("score", "n", "interval95")} for task, r in results.items()}
     return {**kept, "heldout_loss": (nll.sum() / loss_mask.sum()).item()}
 
 
 def heldout_rows() -> list[dict]:
-    """The tests' questions with their right answers, in the words that SFT rows use."""
+    """The tests' questions with their right answers, worded as the rows of the training data."""
     return [
         {"prompt": item.question, "response": item.choices[item.gold]}
         for item in arc.read_items(TINY / "arc_test.jsonl")
@@ -57,23 +58,20 @@ def heldout_rows() -> list[dict]:
 
 
 def heldout_samples(tokenizer: TextTokenizer, scratch: Path) -> list[Sample]:
+    """`heldout_rows` tokenised; they are written into `scratch`, since rows are read from files."""
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / "heldout.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in heldout_rows()), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in heldout_rows()))
     return load_samples(path, tokenizer)[0]
 
 
 # ---------------------------------------------------------------------------------- what was selected
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def machine(run: Path) -> dict:
-    """What a run was made with."""
-    ran = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    return {key: ran[key] for key in ("device_name", "world_size", "commit", "versions")}
+    """Device, ranks, commit and versions of a run."""
+    config = read_json(run / "config.json")
+    return {key: config[key] for key in ("device_name", "world_size", "commit", "versions")}
 
 
 def plants_by_quadrant(selection: list[dict], kind_of: dict[str, str]) -> dict[str, Counter]:
@@ -89,7 +87,7 @@ def plants_by_quadrant(selection: list[dict], kind_of: dict[str, str]) -> dict[s
 
 
 def trimmed_boilerplate(selection: list[dict], rows: list[dict], samples: list[Sample], tokenizer) -> dict[str, float]:
-    """Of the tokens of trimmed `padded` answers: the share removed, in the boilerplate and in the rest."""
+    """Share of the tokens of trimmed `padded` answers that was removed, in their boilerplate and in the rest."""
     row_of = {row["id"]: row for row in rows}
     sample_of = {sample.id: sample for sample in samples}
     removed, total = Counter(), Counter()
@@ -111,7 +109,7 @@ def in_boilerplate(pieces: list[str], boilerplate: list[str]) -> list[bool]:
     spans = [(text.index(sentence), text.index(sentence) + len(sentence)) for sentence in boilerplate]
     flags, at = [], 0
     for piece in pieces:
-        middle = at + len(piece) - 0.5  # a token's last character: its leading space belongs to neither side
+        middle = at + len(piece) - 0.5  # in the token's last character: its leading space belongs to neither side
         flags.append(bool(piece) and any(start <= middle < end for start, end in spans))
         at += len(piece)
     return flags
@@ -121,36 +119,22 @@ def in_boilerplate(pieces: list[str], boilerplate: list[str]) -> list[bool]:
 
 
 def report(result: dict) -> str:
-    """The table that a person reads."""
-    total, before, after = result["total"], result["before"], result["after"]
-    seen, kept = total["samples_seen"], total["samples_kept"]
-    lines = [
-        "",
-        f"Q-Tuning on the embedded default: {result['steps']} steps, seed {result['seed']}, "
-        f"{result['seconds']:.0f} s of training ({result['scoring_share']:.0%} of it scoring)",
-        "",
-        "kept                        of what was seen",
-        f"  samples         {kept:7,}  {kept / seen:6.1%}   asked: {result['sample_keep_ratio']:.1%}",
-        f"  answer tokens   {total['answer_tokens_kept']:7,}  "
-        f"{total['answer_tokens_kept'] / total['answer_tokens_seen']:6.1%}   "
-        f"asked: {result['token_keep_ratio']:.0%} of those in trimmed samples",
-        "",
-        "kept samples came from      of what was kept",
-    ]
+    """What was selected, and at the end the eight lines of `summary`."""
+    total, lines = result["total"], ["", "source of the kept samples"]
     for name, key in (
         ("Q2, trimmed", "kept_q2"),
         ("Q4, whole", "kept_q4"),
         ("backfill, trimmed", "backfilled_q2"),
         ("backfill, whole", "backfilled_q4"),
     ):
-        lines.append(f"  {name:17} {total[key]:5,}  {total[key] / kept:6.1%}")
+        lines.append(f"  {name:17} {total[key]:5,}  {total[key] / total['samples_kept']:6.1%}")
     lines += ["", "planted kind      seen      Q1     Q2     Q3     Q4  between     kept"]
     for kind, row in result["plants"].items():
         names = ("HARMFUL_NOISE", "VALUABLE_MISCONCEPTION", "REDUNDANT_KNOWLEDGE", "CALIBRATION_DATA", "BETWEEN")
         shares = [row.get(name, 0) / row["seen"] for name in names]
         cells = " ".join(f"{share:6.1%}" for share in shares[:4])
-        kept_share = row.get("kept", 0) / row["seen"]
-        lines.append(f"  {kind:13} {row['seen']:6,}  {cells}   {shares[4]:6.1%}  {kept_share:6.1%}")
+        kept = row.get("kept", 0) / row["seen"]
+        lines.append(f"  {kind:13} {row['seen']:6,}  {cells}   {shares[4]:6.1%}  {kept:6.1%}")
     trimmed = result["trimmed_boilerplate"]
     if len(trimmed) == 2:
         lines += [
@@ -158,19 +142,36 @@ def report(result: dict) -> str:
             f"trimmed `padded` answers lost {trimmed['boilerplate']:.0%} of their boilerplate tokens "
             f"and {trimmed['rest']:.0%} of the others",
         ]
-    lines += ["", "                            before             after"]
+    return "\n".join([*lines, "", summary(result)])
+
+
+def summary(result: dict) -> str:
+    """Eight lines: what was kept, and the scores before and after."""
+    total, before, after = result["total"], result["before"], result["after"]
+    lines = [
+        f"Q-Tuning on the embedded default: {result['steps']} steps, seed {result['seed']}, "
+        f"{result['seconds']:.0f} s of training ({result['scoring_share']:.0%} of it scoring)",
+        "                             kept   share   asked",
+    ]
+    for name, what, asked in (
+        ("samples", "samples", f"{result['sample_keep_ratio']:.1%}"),
+        ("answer tokens", "answer_tokens", f"{result['token_keep_ratio']:.0%} in trimmed samples"),
+    ):
+        kept = total[f"{what}_kept"]
+        lines.append(f"  {name:22} {kept:8,}  {kept / total[f'{what}_seen']:6.1%}   {asked}")
+    lines.append("                            before             after")
     for name, key in (("ARC form, accuracy", "arc"), ("GSM8K form, accuracy", "gsm8k")):
         cells = [
             f"{s[key]['score']:5.1f}% [{s[key]['interval95'][0]:.0f}, {s[key]['interval95'][1]:.0f}]"
             for s in (before, after)
         ]
         lines.append(f"  {name:22} {cells[0]:>17} {cells[1]:>17}   n {before[key]['n']}, 95% interval")
-    lines.append(f"  {'held-out loss':22} {before['heldout_loss']:17.3f} {after['heldout_loss']:17.3f}   nats a token")
-    return "\n".join(lines)
+    losses = " ".join(f"{s['heldout_loss']:17.3f}" for s in (before, after))
+    return "\n".join([*lines, f"  {'held-out loss':22} {losses}   nats per token"])
 
 
 def run(out: Path, seed: int) -> dict:
-    """Tune the embedded default (or go on with the run in `out`), score it, and gather what the report says."""
+    """Tune the embedded default, or continue the run in `out`, and score it; the result as quickstart.json holds it."""
     flags = ["--out", str(out), "--seed", str(seed), "--log-selection"]
     config = train.parse_config(flags + (["--resume"] if (out / "config.json").exists() else []))
     base = Path(config.model)
@@ -183,8 +184,7 @@ def run(out: Path, seed: int) -> dict:
     metrics, selection = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "selection.jsonl")
     counted = [key for key, value in metrics[0].items() if isinstance(value, int) and key != "step"]
     seconds = {key: sum(m[key] for m in metrics) for key in ("score_s", "train_s")}
-    rows = json.loads((TINY / "sft.json").read_text(encoding="utf-8"))
-    tokenizer = TextTokenizer.from_pretrained(base)
+    rows, tokenizer = read_json(TINY / "sft.json"), TextTokenizer.from_pretrained(base)
     samples = load_samples(TINY / "sft.json", tokenizer, max_length=config.max_length)[0]
     return {
         "seed": seed,
@@ -207,12 +207,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/default"), help="run folder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
+    with errors_in_one_line(parser.prog):
         result = run(args.out, args.seed)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
-    train.write_aside(args.out / "quickstart.json", json.dumps(result, indent=1) + "\n")
+        write_json(args.out / "quickstart.json", result, indent=1)
     print(report(result))
 
 

@@ -1,8 +1,10 @@
-"""One page of all results: python -m reproduce.report writes reproduce/RESULTS.md and its figures.
+"""The page of all results, RESULTS.md, with its tables and figures.
 
-Every table of scores shows paper | ours | difference. What is compared is the gain over a reference row (marked so),
-for the models differ: the paper's gain, ours with its 95 % interval over seeds, and their difference. A `~` says that
-a gain of ours, or its difference from the paper's, is within that noise. A loss's gain is its fall.
+    python -m reproduce.report [--out FILE.md]      make it from the committed result files
+
+A table of scores has columns for the paper, ours and the difference. The models differ, so it compares gains over a
+reference row, which is marked: the paper's gain, ours with its 95 % interval over seeds, and their difference. `~`
+marks a gain of ours, or a difference from the paper's, within that interval. The gain of a loss is its decrease.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.common import wilson_interval
-from model import read_json, write_aside
+from eval.statistics import wilson_interval
 from reproduce import cases, efficiency, figures, noise, paper
 from reproduce.experiments import CHOICES, EXPERIMENTS, Experiment, Flags, qtuning, row
 from reproduce.presets import PRESETS, Preset
 from reproduce.runs import run_of
+from reproduce.tables import markdown
+from training.files import read_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).with_name("RESULTS.md")
@@ -32,7 +35,7 @@ TASKS = {
     "math": "MATH-500",
 }
 TINY_TASKS = {"arc": "ARC form", "gsm8k": "GSM8K form"}
-PAIRED = {  # task -> the paper's
+PAIRED = {  # task -> the paper's task beside it
     "arc": "ARC-E",
     "arc_easy": "ARC-E",
     "arc_challenge": "ARC-C",
@@ -41,24 +44,24 @@ PAIRED = {  # task -> the paper's
     "triviaqa": "TriviaQA",
     "math": "MATH",
 }
-# What a section's gains are over: the first of these rows that it has.
+# The reference of a section is the first of these rows that it has.
 REFERENCES = ("Random-Random", "Random", "Q1 Q3 | Q2", "batch 8", "Q-Tuning", "Zero-Shot")
-Values = list[float]  # one a seed
+Values = list[float]  # one for each seed
 
 
-# -------------------------------------------------------------------------------------- what was found
+# -------------------------------------------------------------------------------------- scores and gains
 
 
 @dataclass(frozen=True)
 class Results:
-    """The result file of a preset, by the names of experiments.py."""
+    """The result file of a preset."""
 
     preset: Preset
-    runs: dict[tuple, list[dict]]  # (model, data, flags) -> a run a seed
+    runs: dict[tuple, list[dict]]  # (model, data, flags) -> the runs, one for each seed
 
     @staticmethod
     def read(name: str, path: Path | None = None) -> Results | None:
-        """Of a preset, from its committed file unless another is named; None where there is none."""
+        """The results of a preset, by default from its committed file; None if there is no file."""
         path = path or RESULTS / f"{name}.json"
         if not path.exists():
             return None
@@ -69,6 +72,7 @@ class Results:
         return Results(PRESETS[name](Path("runs") / name), runs)
 
     def of(self, experiment: Experiment, model: str, flags: Flags | None) -> list[dict]:
+        """The runs of a row of an experiment."""
         run = run_of(self.preset, model, experiment.data, flags, 0)
         return self.runs.get((run.model, run.data, run.flags), [])
 
@@ -80,19 +84,25 @@ class Results:
 
 
 def values(runs: list[dict], task: str) -> Values:
-    """A task's score of each run; `held`: nats a token on the held rows after the last step."""
+    """Each run's score on a task; `held` is the loss on held-out rows after the last step, nats per token."""
     if task == "held":
         return [run["held"]["rows_nll"][-1] for run in runs]
     return [run["scores"][task] for run in runs]
 
 
 def better(task: str) -> int:
+    """1 if a higher score is better, -1 if a lower one is."""
     return -1 if task == "held" else 1
+
+
+def digits(task: str) -> int:
+    """Decimals of a score."""
+    return 3 if task == "held" else 1
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Mean of one row over that of another, its sign such that more is better, and half its 95 % interval."""
+    """The mean of one row less that of another, positive where it is better, and half its 95 % interval."""
 
     mean: float
     margin: float | None
@@ -102,7 +112,7 @@ class Gain:
 
 
 def gain(runs: list[dict], over: list[dict], task: str) -> Gain:
-    """Noise is that of seeds; of a single run each, that of the tests' items."""
+    """The gain of runs over others; its interval is over seeds, or over the test's items for one run of each."""
     ours, theirs = values(runs, task), values(over, task)
     margin = noise.difference_margin(ours, theirs)
     if margin is None and task != "held":
@@ -113,19 +123,13 @@ def gain(runs: list[dict], over: list[dict], task: str) -> Gain:
 # ----------------------------------------------------------------------------------------------- tables
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """The first line is the head; a bar in a cell does not end it."""
-    head, *rest = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rest))
-
-
 def with_margin(runs: list[dict], task: str) -> str:
-    """Mean and half its 95 % interval over seeds; of a single run the interval over the test's items."""
-    found, digits = values(runs, task), 3 if task == "held" else 1
+    """The mean and half its 95 % interval over seeds; for a single run the interval over the test's items."""
+    found = values(runs, task)
     margin = noise.mean_margin(found)
-    shown = f"{statistics.mean(found):.{digits}f}"
+    shown = f"{statistics.mean(found):.{digits(task)}f}"
     if margin is not None:
-        return f"{shown} ± {margin:.{digits}f}"
+        return f"{shown} ± {margin:.{digits(task)}f}"
     if task == "held":
         return shown
     n = runs[0]["n"][task]
@@ -134,12 +138,11 @@ def with_margin(runs: list[dict], task: str) -> str:
 
 
 def shown_gain(found: Gain, task: str, expected: float = 0.0) -> str:
-    digits = 3 if task == "held" else 1
-    return f"{found.mean - expected:+.{digits}f}{' ~' if found.is_noise(expected) else ''}"
+    return f"{found.mean - expected:+.{digits(task)}f}{' ~' if found.is_noise(expected) else ''}"
 
 
 def score_table(results: Results, name: str, model: str) -> str | None:
-    """An experiment for one of its models, a line a row; None where nothing of it has run."""
+    """Markdown: the rows of an experiment for one of its models; None if none of them has run."""
     experiment = EXPERIMENTS[name]
     tasks, printed = results.tasks(experiment), experiment.table
     head = ["budget", "row", "seeds"]
@@ -175,7 +178,7 @@ def score_table(results: Results, name: str, model: str) -> str | None:
 
 
 def reference_of(experiment: Experiment, section: str) -> tuple[str, str]:
-    """Section and row that a section's gains are over: its own, or full data where it is a single row."""
+    """Section and row of a section's reference: a row of its own, or full data if it has a single row."""
     named = experiment.sections[section]
     if len(named) == 1 and "" in experiment.sections:
         return "", "Full Dataset"
@@ -183,7 +186,7 @@ def reference_of(experiment: Experiment, section: str) -> tuple[str, str]:
 
 
 def baseline_table(results: Results) -> str:
-    """What the README shows: the methods at the first budget, beside the untuned model and full data."""
+    """Markdown: our settings at 12.5x50, beside random, full data and the untuned model."""
     experiment, budget = EXPERIMENTS["choices"], "12.5x50"
     methods = {
         "before tuning": None,
@@ -211,12 +214,11 @@ def share(runs: list[dict], part: str, whole: str) -> float:
     return sum(run[part] for run in runs) / sum(run[whole] for run in runs)
 
 
-# ----------------------------------------------------------------------------------------- what holds
+# ----------------------------------------------------------------------------------------- questions
 
 BUDGETS = ("12.5x50", "12.5x70", "25x50", "25x70", "50x50", "50x70")
-QUESTIONS: dict[
-    str, tuple[Flags, Flags]
-] = {  # question -> the row that should do better, the row that it is held against
+# question -> the row that should score higher, the row that it is compared with
+QUESTIONS: dict[str, tuple[Flags, Flags]] = {
     **{f"Q-Tuning over random x random, {b}": (qtuning(b), row("Random", "Random", b)) for b in BUDGETS},
     **{f"Q-Tuning over full data, {b}": (qtuning(b), qtuning("100x100")) for b in BUDGETS},
     "both axes over its samples alone, 12.5": (qtuning("12.5x50"), row("Q-Tuning", "Random", "12.5x100")),
@@ -239,7 +241,7 @@ QUESTIONS: dict[
 
 
 def answers(results: Results) -> str:
-    """Each question's gain, and whether it is more than noise."""
+    """Markdown: the gain that answers each question, and whether it exceeds noise."""
     experiment = EXPERIMENTS["choices"]
     tasks = results.tasks(experiment)
     lines = [["does it gain?", *(results.name(task) for task in tasks), "beyond noise"]]
@@ -258,12 +260,12 @@ def answers(results: Results) -> str:
 
 
 def interval(found: Gain, task: str) -> str:
-    digits = 3 if task == "held" else 1
-    return f"{found.mean:+.{digits}f}" + (f" ± {found.margin:.{digits}f}" if found.margin is not None else "")
+    margin = "" if found.margin is None else f" ± {found.margin:.{digits(task)}f}"
+    return f"{found.mean:+.{digits(task)}f}{margin}"
 
 
 def sources(results: Results) -> str:
-    """Where the kept samples of Q-Tuning came from, by budget and prune batch."""
+    """Markdown: sources of the samples that Q-Tuning kept, by budget and prune batch."""
     lines = [["budget", "prune batch", "Q2", "Q4", "backfill, trimmed", "backfill, whole", "answer tokens kept"]]
     experiment = EXPERIMENTS["choices"]
     for budget in BUDGETS:
@@ -279,7 +281,7 @@ def sources(results: Results) -> str:
 
 
 def grid(results: Results, task: str) -> str:
-    """Sample pruners (rows) by token pruners (columns): the mean of a task at 12.5x50."""
+    """Markdown: the mean score of sample pruners (rows) with token pruners (columns) at 12.5x50."""
     experiment = EXPERIMENTS["pairings"]
     named = experiment.sections["12.5x50"]
     tokens = list(dict.fromkeys(name.partition("-")[2] for name in named if name != "Q-Tuning"))
@@ -294,45 +296,45 @@ def grid(results: Results, task: str) -> str:
 
 HEAD = """# Results
 
-Made by `python -m reproduce.report` from the files in [`results/`](results); not written by hand.
+`python -m reproduce.report` makes this page from the files in [`results/`](results).
 
-How to read a table: scores in percent and losses in nats a token are means over seeds ± half the 95 % interval
-(Student's t), or of a single run the interval over the test's items. A *gain* is over the row marked (reference) of
-the same budget, or over full data where a budget has one row; of a loss it is the fall. *Difference* is our gain less
-the paper's: models, rows and tests differ, so that scores themselves do not compare. `~` marks what is within the
-noise, and a loss of single runs, of which none is known. The paper's numbers are as it prints them;
+How to read a table: scores are in percent and losses in nats per token. They are means over seeds ± half the 95 %
+interval (Student's t); for a single run the interval is over the test's items. A *gain* is over the row of the same
+budget marked (reference), or over full data where a budget has one row; the gain of a loss is its decrease.
+*Difference* is our gain less the paper's. Scores themselves do not compare, since models, rows and tests differ. `~`
+marks what is within the noise, and losses of single runs, whose noise is unknown. The paper's numbers are as printed;
 [`paper.json`](paper.json) lists its misprints.
 """
 TINY = """## The embedded default
 
-`python -m reproduce all` : one epoch of the embedded default (4,000 rows of known quality, a model of a million
-parameters) for every row of every table, on a CPU. All of the paper's models are the same embedded one here, and its
-word problems stand for MathInstruct; the ARC form stands beside ARC-E, the GSM8K form beside GSM8K.
+`python -m reproduce all`: one epoch of the embedded default (4,000 rows of known quality, a model of a million
+parameters) for every row of every table, on a CPU. The embedded model replaces all of the paper's models, its word
+problems replace MathInstruct, and its forms of ARC and GSM8K are shown beside ARC-E and GSM8K.
 """
 SELECTED = """## What is selected
 
-Figures 1, 2 and 7 and Appendix E, of Q-Tuning at 12.5x50 on the embedded default, seed 0 (`python -m reproduce cases`).
-Which kind a token is goes by rule (`reproduce/cases.py`); the paper had a language model say it.
+Figures 1, 2 and 7 and Appendix E, for Q-Tuning at 12.5x50 on the embedded default, seed 0
+(`python -m reproduce cases`). Rules give each token its kind (`reproduce/cases.py`); the paper asked a language model.
 """
 PRUNED = "Rows with their pruned tokens: [as text](results/cases/pruned.md), [as HTML](results/cases/pruned.html)."
 SMALL = """## SmolLM2-135M on real rows
 
-`python -m reproduce smollm2 --preset small` : 1,280 rows (GSM8K and Alpaca, half each), LoRA with the paper's settings,
+`python -m reproduce smollm2 --preset small`: 1,280 rows (GSM8K and Alpaca, half each), LoRA with the paper's settings,
 one epoch (40 steps), scored by the paper's protocols. Intervals of single runs are over items.
 """
-
-SAVED = """`python -m reproduce.efficiency` : medians of a step of 32 rows on a CPU; full data is packed and without
-full logits as well. First SmolLM2-135M on Alpaca rows (two threads), then the embedded default (one).
+SAVED = """`python -m reproduce.efficiency`: medians of a step of 32 rows on a CPU. The full-data run packs its rows and
+makes no full logits either. First SmolLM2-135M on Alpaca rows (two threads), then the embedded default (one thread).
 """
 
 
 def page(tiny: Results | None, small: Results | None, folder: Path) -> str:
-    """The whole page; `folder` is that of figures/ and cases/."""
+    """The page; `folder` holds figures/ and cases/."""
     parts = [HEAD]
     if tiny:
-        parts += [TINY, "### What holds here", answers(tiny), "### Where the kept samples come from", sources(tiny)]
+        parts += [TINY, "### What gains, and what does not", answers(tiny)]
+        parts += ["### Sources of the kept samples", sources(tiny)]
         for name in tiny.preset.experiments:
-            if name == "cases":  # one run, shown below
+            if name == "cases":  # one run, shown further down
                 continue
             parts += experiment_part(tiny, name, folder / "figures" / f"{name}.svg")
     if (folder / "cases").exists():
@@ -340,8 +342,8 @@ def page(tiny: Results | None, small: Results | None, folder: Path) -> str:
         parts += [SELECTED, *selected_part(folder / "cases"), PRUNED, rows]
     if small:
         parts += [SMALL, score_table(small, "smollm2", "SmolLM2-135M") or ""]
-    if (folder / "cases-smollm2").exists():  # counts alone: the rows' texts are other people's
-        parts += ["### What was selected of it, Q-Tuning at 12.5x50", *selected_part(folder / "cases-smollm2")]
+    if (folder / "cases-smollm2").exists():  # counts alone: the rows are not ours to publish
+        parts += ["### What is selected of these rows, Q-Tuning at 12.5x50", *selected_part(folder / "cases-smollm2")]
     parts += ["## Table 6: what it saves", SAVED]
     for name in ("smollm2", "tiny"):
         parts += [efficiency.table(read_json(RESULTS / f"efficiency_{name}.json"))]
@@ -349,7 +351,7 @@ def page(tiny: Results | None, small: Results | None, folder: Path) -> str:
 
 
 def experiment_part(results: Results, name: str, figure: Path | None = None) -> list[str]:
-    """An experiment's heading, its figure if that is there, and its tables; nothing where nothing of it has run."""
+    """The heading, figure (if it exists) and tables of an experiment; empty if none of it has run."""
     experiment = EXPERIMENTS[name]
     tables = {model: score_table(results, name, model) for model in experiment.models or results.preset.sizes}
     parts = [f"![{experiment.title}](results/figures/{figure.name})"] if figure and figure.exists() else []
@@ -370,7 +372,7 @@ def selected_part(folder: Path) -> list[str]:
 
 
 def scores_table(results: dict) -> str:
-    """One row a task and protocol: the score, then its further metrics (but the breakdowns), 95% intervals, time."""
+    """Markdown: one row for each task and protocol, with the score, its 95 % interval, further metrics and seconds."""
     lines = [["", "protocol", "n", "score, 95 % interval", "further metrics", "seconds"]]
     for task in ("arc_easy", "arc_challenge", "gsm8k", "squad", "triviaqa", "math"):
         for protocol in ("paper", "standard"):
@@ -388,7 +390,7 @@ def scores_table(results: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="reproduce.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=PAGE, help="the page; figures go into results/figures")
+    parser.add_argument("--out", type=Path, default=PAGE, help="page to write; figures go into results/figures")
     args = parser.parse_args(argv)
     tiny, small = Results.read("tiny"), Results.read("small")
     if tiny is None and small is None:
@@ -398,8 +400,8 @@ def main(argv: list[str] | None = None) -> None:
         try:
             figures.draw(tiny, RESULTS / "figures")
         except ImportError:
-            print("reproduce.report: no matplotlib (the plot extra): the figures are left as they are", file=sys.stderr)
-    write_aside(args.out, page(tiny, small, RESULTS))
+            print("reproduce.report: matplotlib (the plot extra) is not installed; figures stay", file=sys.stderr)
+    write_text(args.out, page(tiny, small, RESULTS))
     print(args.out)
 
 

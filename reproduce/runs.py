@@ -1,8 +1,8 @@
-"""Runs of train.py and the scorers as commands: what each is called, where it lies, what it left.
+"""Runs of train.py and the benchmarks of eval/: their commands, names, folders and summaries.
 
-A run is known by what it computes: its model, rows and seed, and the settings of train.py that differ from their
-defaults. So a run that two tables share is made once, and one that was cut goes on where it stopped. Paths are not
-part of it: delete a preset's folder after its checkpoints, rows or the method have changed.
+A run is named by what it computes: its model, rows and seed, and the settings of train.py that differ from their
+defaults. So two tables share a run that both contain, and an interrupted run continues. Paths are not part of the
+name: delete a preset's folder after its checkpoints, its rows or the method have changed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import random
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,16 @@ import torch
 import train
 from data.sft import load_samples
 from data.tokenizer import TextTokenizer
-from model import Transformer, read_json, write_json
+from eval.during import rows_scores
+from model import Transformer
+from pruners import COMPUTED, SAMPLE_PRUNERS, TOKEN_PRUNERS
+from pruners.side_files import OF_SAMPLE
 from reproduce.experiments import Experiment, Flags, rows
-from reproduce.presets import Preset, rows_of, write_rows
-from reproduce.quickstart import machine, read_jsonl
+from reproduce.presets import Preset, rows_of
+from reproduce.quickstart import machine
+from training.files import read_json, read_jsonl, write_json, write_text
 
-EVAL_EVERY = 25  # steps between two looks at the held rows
+EVAL_EVERY = 25  # steps between scores of the held-out rows
 ELSEWHERE = ("model", "data", "out", "scores", "resume", "eval_every", "eval_sets", "eval_limit")
 TOTALS = (
     "samples_seen",
@@ -43,28 +48,34 @@ TOTALS = (
     "tokens_scored",
     "tokens_trained",
 )
-HELD = ("rows_nll", "rows_ppl", "rows_ent")
-FROM_SIDE_FILES = {"alpagasus", "deita", "ds2", "less", "rho1", "tokencleaning-row"}  # pruners that go by them
-SIDE_FILES = ("base_nll", "reference_nll", "rating", "complexity", "quality", "embedding", "less")
+HELDOUT = ("rows_nll", "rows_ppl", "rows_ent")  # measures of the held-out rows
 
 Command = tuple[str, list[str]]  # a module's name and its flags
 
 
 @dataclass(frozen=True)
 class Run:
-    model: str  # of Preset.models
-    data: str  # of Preset.data
-    flags: Flags | None  # None: the untuned model
+    """Names of a preset's model and data, flags of train.py (None: the untuned model), and the seed."""
+
+    model: str
+    data: str
+    flags: tuple[str, ...] | None
     seed: int
 
 
 def run_of(preset: Preset, model: str, data: str, flags: Flags | None, seed: int) -> Run:
-    """The run that these names come to: of names that stand for one checkpoint or file, the first."""
+    """The run of these names and flags.
+
+    Of several names for one checkpoint or file it takes the first, and a factor becomes a learning rate.
+    """
 
     def first(named: dict[str, Path], name: str) -> str:
         return next(other for other, path in named.items() if path == named[name])
 
-    return Run(first(preset.models, model), first(preset.data, data), flags, seed if flags is not None else 0)
+    model, data = first(preset.models, model), first(preset.data, data)
+    if flags is None:
+        return Run(model, data, None, 0)
+    return Run(model, data, tuple(f if isinstance(f, str) else f"{f * preset.lr:g}" for f in flags), seed)
 
 
 def runs_of(preset: Preset, experiment: Experiment, seeds: int) -> list[Run]:
@@ -78,46 +89,55 @@ def runs_of(preset: Preset, experiment: Experiment, seeds: int) -> list[Run]:
 
 
 def settings(preset: Preset, run: Run) -> list[str]:
-    """Flags of train.py, but for paths and what is only looked at."""
+    """A run's flags of train.py, without paths and without evaluation."""
     template = ["--template", preset.templates[run.model]] if run.model in preset.templates else []
-    flags = [f"{float(flag[1:]) * preset.lr:g}" if flag in ("x2", "x4") else flag for flag in run.flags]
-    return [*preset.settings, *template, *flags, "--seed", str(run.seed)]
+    return [*preset.settings, *template, *run.flags, "--seed", str(run.seed)]
 
 
 def config_of(preset: Preset, run: Run) -> train.Config:
+    """A run's settings, without paths."""
     return parsed(("--model", "-", "--data", "-", *settings(preset, run)))
 
 
 @functools.cache
-def parsed(flags: Flags) -> train.Config:
+def parsed(flags: tuple[str, ...]) -> train.Config:
     return train.parse_config(list(flags))
 
 
 def key(preset: Preset, run: Run) -> str:
-    """Twelve hex digits of what the run computes."""
-    told = [run.model, run.data]
+    """A run's name: twelve hex digits of a hash of what it computes."""
+    computed = [run.model, run.data]
     if run.flags is not None:
         config = config_of(preset, run)
         fields = [field for field in dataclasses.fields(config) if field.name not in ELSEWHERE]
-        told.append({f.name: getattr(config, f.name) for f in fields if getattr(config, f.name) != f.default})
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        computed.append({f.name: getattr(config, f.name) for f in fields if getattr(config, f.name) != f.default})
+    return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def side_folder(run: Run, root: Path) -> Path | None:
-    """Where the side files that a run goes by lie; None if it goes by none."""
-    return root / f"side-{run.model}-{run.data}" if FROM_SIDE_FILES & set(run.flags or ()) else None
+def side_files(preset: Preset, run: Run) -> list[str]:
+    """The side files that the run's pruners need."""
+    if run.flags is None:
+        return []
+    config = config_of(preset, run)
+    needs = (*SAMPLE_PRUNERS[config.sample_pruner].needs, *TOKEN_PRUNERS[config.token_pruner].needs)
+    return [need for need in needs if isinstance(need, str) and need not in (*COMPUTED, *OF_SAMPLE)]
+
+
+def side_folder(preset: Preset, run: Run, root: Path) -> Path | None:
+    """The folder of the side files that a run needs; None if it needs none."""
+    return root / f"side-{run.model}-{run.data}" if side_files(preset, run) else None
 
 
 def train_command(preset: Preset, run: Run, root: Path) -> Command:
     argv = ["--model", str(preset.models[run.model]), "--data", str(preset.data[run.data])]
     argv += ["--out", str(root / key(preset, run)), *settings(preset, run)]
-    argv += ["--eval-every", str(EVAL_EVERY), "--eval-sets", f"rows={preset.held}"]
-    side = side_folder(run, root)
+    argv += ["--eval-every", str(EVAL_EVERY), "--eval-sets", f"rows={preset.heldout}"]
+    side = side_folder(preset, run, root)
     return "train", argv + (["--scores", str(side / "scores")] if side else [])
 
 
 def eval_commands(preset: Preset, run: Run, root: Path) -> dict[str, Command]:
-    """Task -> its scorer."""
+    """Task -> the command that scores the run on it."""
     folder, model = root / key(preset, run), ["--model", str(preset.models[run.model])]
     if run.flags is not None:
         lora = config_of(preset, run).lora_rank > 0
@@ -128,43 +148,45 @@ def eval_commands(preset: Preset, run: Run, root: Path) -> dict[str, Command]:
     }
 
 
-def side_commands(preset: Preset, run: Run, side: Path) -> list[Command]:
-    """A reference model and LESS's warm-up run, both tuned on side/tenth.json, and a pass over all rows for each file.
+def side_commands(preset: Preset, runs: Sequence[Run], side: Path) -> list[Command]:
+    """The commands that write the side files of runs that share a folder: model and rows are the same.
 
-    A million parameters are tuned whole; LESS needs LoRA all the same.
+    The reference model of `reference_nll` and the warm-up run of `less` are tuned on side/tenth.json. The warm-up
+    run is LoRA, also where the preset's runs are full fine-tuning.
     """
-    model, scored = ["--model", str(preset.models[run.model])], ["--data", str(preset.data[run.data])]
-    whole = dataclasses.replace(run, flags=("--sample-pruner", "none", "--token-pruner", "none"), seed=0)
+    model, scored = ["--model", str(preset.models[runs[0].model])], ["--data", str(preset.data[runs[0].data])]
+    whole = dataclasses.replace(runs[0], flags=("--sample-pruner", "none", "--token-pruner", "none"), seed=0)
     tune = [*model, "--data", str(side / "tenth.json"), *settings(preset, whole), "--epochs", "3"]
-    lora = config_of(preset, whole).lora_rank > 0
-    reference = side / "reference"
-    further = {
+    lora, reference, warmup = config_of(preset, whole).lora_rank > 0, side / "reference", side / "warmup"
+    tuned = {  # field -> how the run that it needs is tuned
+        "reference_nll": [*tune, "--out", str(reference)],
+        "less": [*tune, *([] if lora else ["--lora-rank", "8", "--lr", "1e-3"]), "--out", str(warmup)],
+    }
+    scorer = {  # field -> the model that writes it; default: the one that is tuned
         "reference_nll": [*model, "--adapter", str(reference / "adapter")]
         if lora
         else ["--model", str(reference / "model")],
-        "less": [*model, "--warmup", str(side / "warmup"), "--targets", *map(str, preset.targets)],
+        "less": [*model, "--warmup", str(warmup), "--targets", *map(str, preset.targets)],
     }
-    return [
-        ("train", [*tune, "--out", str(reference)]),
-        ("train", [*tune, *([] if lora else ["--lora-rank", "8", "--lr", "1e-3"]), "--out", str(side / "warmup")]),
-        *(
-            ("score_rows", [what, *further.get(what, model), *scored, "--scores", str(side / "scores")])
-            for what in SIDE_FILES
-        ),
-    ]
+    fields = dict.fromkeys(field for run in runs for field in side_files(preset, run))
+    commands = [("train", tuned[field]) for field in fields if field in tuned]
+    for field in fields:
+        argv = [field, *scorer.get(field, model), *scored, "--scores", str(side / "scores")]
+        commands.append(("pruners.score_rows", argv))
+    return commands
 
 
 def efficiency_command(preset: Preset, out: Path) -> Command:
-    """Table 6: what pruning saves, of the preset's first model and rows; on one device."""
+    """Table 6, what pruning saves, on the preset's first model and rows and on one device."""
     model, data = next(iter(preset.models.values())), next(iter(preset.data.values()))
     given = [] if str(model) == train.TINY["model"] else ["--model", str(model), "--data", str(data)]
     return "reproduce.efficiency", [*given, "--out", str(out)]
 
 
 def words(preset: Preset, command: Command) -> list[str]:
-    """The command line."""
+    """The command line of a command."""
     module, argv = command
-    many = preset.devices > 1 and module != "score_rows"  # which is for one device
+    many = preset.devices > 1 and module != "pruners.score_rows"  # which runs on one device
     launcher = ["torchrun", "--standalone", f"--nproc_per_node={preset.devices}"] if many else ["python"]
     return [*launcher, *(["-m", module] if "." in module else [f"{module}.py"]), *argv]
 
@@ -172,8 +194,14 @@ def words(preset: Preset, command: Command) -> list[str]:
 # ---------------------------------------------------------------------------------------------- running
 
 
-def execute(preset: Preset, command: Command, log: Path) -> None:
-    """Run a command, in this process if it takes one CPU. Raises RuntimeError with its last line where it fails."""
+def execute(preset: Preset, command: Command, log: Path, main: Callable[[list[str]], None] | None = None) -> None:
+    """Run a command, in this process where it takes one CPU; its output is appended to `log`.
+
+    Args:
+        main: what runs in this process; default: the module's own `main`.
+    Raises:
+        ChildProcessError: the command failed, with its last line.
+    """
     module, argv = command
     if module == "train":
         out = Path(argv[argv.index("--out") + 1])
@@ -187,32 +215,37 @@ def execute(preset: Preset, command: Command, log: Path) -> None:
         else:
             try:
                 with redirect_stdout(file), redirect_stderr(file):
-                    importlib.import_module(module).main(argv)
+                    (main or importlib.import_module(module).main)(argv)
                 failed = 0
             except SystemExit as stop:
                 failed = stop.code
     if failed:
-        said = log.read_text(encoding="utf-8").strip().splitlines() or ["nothing"]
-        raise RuntimeError(f"{module} failed, see {log}: {said[-1]}")
+        lines = log.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
+        raise ChildProcessError(f"{module} failed, see {log}: {lines[-1]}")
 
 
-def make_side_files(preset: Preset, run: Run, root: Path) -> None:
-    side = side_folder(run, root)
+def make_side_files(preset: Preset, runs: Sequence[Run], root: Path) -> None:
+    """Write the side files of runs that share a folder."""
+    side = side_folder(preset, runs[0], root)
     if not (side / "tenth.json").exists():
-        every = rows_of(preset.data[run.data])
-        write_rows(side / "tenth.json", random.Random(0).sample(every, len(every) // 10))
-    for command in side_commands(preset, run, side):
+        every = rows_of(preset.data[runs[0].data])
+        write_json(side / "tenth.json", random.Random(0).sample(every, len(every) // 10))
+    for command in side_commands(preset, runs, side):
         execute(preset, command, side / "log.txt")
 
 
-def make(preset: Preset, run: Run, root: Path) -> dict:
-    """Train and score a run, or what of it is missing; returns what it came to, which is also its summary.json."""
+def make(preset: Preset, run: Run, root: Path, main: Callable[[list[str]], None] | None = None) -> dict:
+    """Train and score a run as far as it is not done yet; returns its summary, which is also its summary.json.
+
+    Args:
+        main: trains in place of `train.main`, for ablations.
+    """
     folder = root / key(preset, run)
     done = folder / "summary.json"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if run.flags is not None:
-            execute(preset, train_command(preset, run, root), folder / "log.txt")
+            execute(preset, train_command(preset, run, root), folder / "log.txt", main)
         scored = eval_commands(preset, run, root)
         for task, command in scored.items():
             if not (folder / f"{task}.json").exists():
@@ -229,27 +262,37 @@ def make(preset: Preset, run: Run, root: Path) -> dict:
 
 
 def trained(folder: Path) -> dict:
-    """What a run's metrics.jsonl comes to; `held` is one list of steps and one for each measure."""
+    """Totals of a run's metrics.jsonl; `held` has a list of steps, and a list for each measure of held-out rows."""
     metrics = read_jsonl(folder / "metrics.jsonl")
-    looks = [m for m in metrics if "eval_rows_nll" in m]
+    scored = [m for m in metrics if "eval_rows_nll" in m]
     return {
         "steps": len(metrics),
         **{name: sum(m[name] for m in metrics) for name in TOTALS},
         "seconds": round(sum(m["score_s"] + m["train_s"] for m in metrics), 1),
-        "held": {"step": [m["step"] for m in looks], **{k: [round(m[f"eval_{k}"], 5) for m in looks] for k in HELD}},
+        "held": {
+            "step": [m["step"] for m in scored],
+            **{name: [round(m[f"eval_{name}"], 5) for m in scored] for name in HELDOUT},
+        },
         "machine": machine(folder),
     }
 
 
 def untrained(preset: Preset, run: Run) -> dict:
-    """The untuned model on the held rows: step 0 of every run's curve."""
+    """The untuned model's measures of the held-out rows: step 0 of every run's curve."""
     folder = preset.models[run.model]
     config = train.resolve(config_of(preset, dataclasses.replace(run, flags=())))
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    model, tokenizer = (
-        Transformer.from_pretrained(folder, dtype=dtype, device=config.device),
-        TextTokenizer.from_pretrained(folder),
-    )
-    samples, _ = load_samples(preset.held, tokenizer, config.template, config.max_length)
-    held = train.rows_scores(model, samples, config.pass_tokens, nullcontext())
-    return {"held": {"step": [0], **{name: [round(held[name], 5)] for name in HELD}}}
+    model = Transformer.from_pretrained(folder, dtype=dtype, device=config.device)
+    tokenizer = TextTokenizer.from_pretrained(folder)
+    samples, _ = load_samples(preset.heldout, tokenizer, config.template, config.max_length)
+    found = rows_scores(model, samples, config.pass_tokens, nullcontext())
+    return {"held": {"step": [0], **{name: [round(found[name], 5)] for name in HELDOUT}}}
+
+
+def write_by_line(path: Path, results: dict, name: str) -> None:
+    """Write a result file (JSON) in which each item of the list `name` is one line; the list comes last."""
+    items = ",\n".join("  " + json.dumps(item, ensure_ascii=False) for item in results[name])
+    others = {key: value for key, value in results.items() if key != name}
+    head = json.dumps({**others, name: 0}, indent=1, ensure_ascii=False).removesuffix("0\n}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, f"{head}[\n{items}\n ]\n}}\n")

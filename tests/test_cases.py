@@ -9,11 +9,11 @@ import pytest
 from conftest import BASE
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import run
+from train_runs import run
 
 from data.sft import Sample, load_samples
 from data.tokenizer import TextTokenizer
-from reproduce import cases
+from reproduce import cases, selection
 from reproduce.cases import CATEGORIES, Case, Piece
 
 BASE_TOKENIZER = TextTokenizer.from_pretrained(BASE)
@@ -41,7 +41,7 @@ def logged(checkpoint, rows, tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(logged, rows):
     samples = {sample.id: sample for sample in load_samples(rows, BASE_TOKENIZER)[0]}
-    return cases.read_run(logged), samples, BASE_TOKENIZER, cases.rows_by_id(rows, samples)
+    return selection.read_log(logged), samples, BASE_TOKENIZER, cases.rows_by_id(rows, samples)
 
 
 def test_the_planes_decisions_are_those_of_the_log_and_its_thresholds_separate_them(loaded):
@@ -67,8 +67,8 @@ def test_a_log_that_the_scores_contradict_is_refused(loaded, key):
     steps[1]["samples"][9][key] = 4 if key == "quadrant" else not steps[1]["samples"][9][key]
     if steps[1]["samples"][9] == loaded[0].steps[1]["samples"][9]:
         steps[1]["samples"][9][key] = 1
-    with pytest.raises(ValueError, match=f"step 2, place 8 on: {key} is not what was logged"):
-        cases.plane(cases.Run(loaded[0].config, steps), [2])
+    with pytest.raises(ValueError, match=f"step 2, place 8 on: {key} differs from what its scores give"):
+        cases.plane(selection.Log(loaded[0].config, steps), [2])
     with pytest.raises(ValueError, match="step 99 is not logged: the run has 1 to"):
         cases.plane(loaded[0], [99])
 
@@ -93,19 +93,20 @@ def test_an_answer_span_is_cut_when_a_token_is_pruned_and_gone_when_all_are(load
     visit = {"id": "a", "kept": True, "trimmed": True, "backfilled": False}
     log = [{**visit, "tokens": tokens} for tokens in ("11110", "11010", "00001")]
     steps = [{"step": 1, "samples": log}]
-    groups = cases.token_categories(cases.Run(loaded[0].config, steps), {"a": sample}, BASE_TOKENIZER, {"a": {}}, 10)
+    run = selection.Log(loaded[0].config, steps)
+    groups = cases.token_categories(run, {"a": sample}, BASE_TOKENIZER, {"a": {}}, 10)
     assert groups["Q2"]["answer_spans"] == {"samples": 3, "cut": 2, "gone": 1}
-    assert groups["Q2"]["categories"]["answer span"]["interval95"] is None  # one row tells no spread
+    assert groups["Q2"]["categories"]["answer span"]["interval95"] is None  # one row has no spread
     assert "Q2: 2 of 3 answer spans lost a token, 1 all tokens" in cases.token_table(groups)
 
 
 def test_rows_are_resampled_with_all_their_tokens():
-    """Ten rows that agree leave no doubt, however few tokens each; ten that disagree leave much."""
-    alike, unlike = np.zeros((10, 2, len(CATEGORIES))), np.zeros((10, 2, len(CATEGORIES)))
-    alike[:, 0, :2], alike[:, 1, :2] = (3, 1), (1, 3)
+    """Ten rows that agree give a narrow interval, however few tokens each; ten that disagree give a wide one."""
+    same, unlike = np.zeros((10, 2, len(CATEGORIES))), np.zeros((10, 2, len(CATEGORIES)))
+    same[:, 0, :2], same[:, 1, :2] = (3, 1), (1, 3)
     unlike[:, 0, :2], unlike[:, 1, :2] = 1, 1
     unlike[::2, 0, 0] = unlike[1::2, 1, 0] = 5
-    found = cases._shares(alike, 200)["categories"][CATEGORIES[0]]
+    found = cases._shares(same, 200)["categories"][CATEGORIES[0]]
     assert (found["lift"], found["interval95"]) == (3, [3, 3])
     low, high = cases._shares(unlike, 200)["categories"][CATEGORIES[0]]["interval95"]
     assert low < 0.8 < 1.25 < high

@@ -1,4 +1,4 @@
-"""reproduce: experiments are the paper's, runs are known by what they compute, made once, and reported as they are."""
+"""reproduce: experiments are the paper's; runs are named by what they compute, made once, and reported as they are."""
 
 import dataclasses
 import json
@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import train
 from data import download
-from model import read_json
+from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, SamplePruner, TokenPruner, score_rows
 from reproduce import __main__ as command_line
-from reproduce import noise, paper, presets, report, runs
+from reproduce import cost, noise, paper, presets, report, runs, tables
 from reproduce.experiments import EXPERIMENTS, SMALL, WIZARD, qtuning, row, rows
+from training.files import read_json
 
 ROOT = Path("runs")
 PRESETS = {name: make(ROOT / name) for name, make in presets.PRESETS.items()}
@@ -48,11 +49,13 @@ def test_every_run_is_a_command_that_train_takes(preset, name):
         if run.flags is not None:
             module, argv = runs.train_command(preset, run, ROOT)
             config = train.parse_config(argv)
-            assert (module, config.seed, config.eval_sets) == ("train", 0, f"rows={preset.held}")
-            needs = config.sample_pruner in train.SCORES_OF and train.SCORES_OF[config.sample_pruner]
-            needs = needs or config.token_pruner in ("rho1", *train.CLEANING_PRUNERS)
-            assert bool(config.scores) == bool(needs)
+            assert (module, config.seed, config.eval_sets) == ("train", 0, f"rows={preset.heldout}")
+            by_side_file = {config.sample_pruner, config.token_pruner} & NEED_SIDE_FILES
+            assert bool(config.scores) == bool(by_side_file)
             assert num_kept(config) >= 1
+
+
+NEED_SIDE_FILES = {"alpagasus", "deita", "ds2", "less", "rho1", "tokencleaning-row"}
 
 
 def num_kept(config):
@@ -61,12 +64,12 @@ def num_kept(config):
 
 def test_the_papers_preset_is_its_table_7():
     config = runs.config_of(PRESETS["paper"], runs.Run("LLaMA2-7B", WIZARD, qtuning("12.5x50"), 0))
-    told = (config.smoothing, config.epochs, config.lora_rank, config.grad_accum, config.micro_batch, config.lr)
-    assert told == (0.5, 3, 8, 4, 8, 1e-4)
+    found = (config.smoothing, config.epochs, config.lora_rank, config.grad_accum, config.micro_batch, config.lr)
+    assert found == (0.5, 3, 8, 4, 8, 1e-4)
     assert (config.max_length, config.sample_keep_ratio, config.token_keep_ratio) == (2048, 0.125, 0.5)
 
 
-def test_rows_and_tests_are_looked_for_in_the_folders_that_the_download_fills():
+def test_rows_and_tests_are_expected_in_the_folders_that_the_download_fills():
     for preset in (PRESETS["small"], PRESETS["paper"]):
         flags = [flag for tests in preset.tests.values() for _, flags in tests.values() for flag in flags]
         paths = [Path(flag) for flag in [*flags, *map(str, preset.data.values())] if flag.startswith("data/")]
@@ -83,14 +86,16 @@ def test_a_broken_row_is_named(tmp_path):
 def test_a_larger_batch_takes_a_learning_rate_in_proportion():
     flags = EXPERIMENTS["figure5"].sections["25x50"]["batch 32"]
     for preset in (PRESETS["tiny"], PRESETS["paper"]):
-        config = runs.config_of(preset, runs.Run("LLaMA2-7B", WIZARD, flags, 0))
+        run = runs.run_of(preset, "LLaMA2-7B", WIZARD, flags, 0)
+        assert run.flags[-4:] == ("--micro-batch", "32", "--lr", f"{4 * preset.lr:g}")
+        config = runs.config_of(preset, run)
         assert (config.micro_batch, config.lr) == (32, pytest.approx(4 * preset.lr))
 
 
 # ------------------------------------------------------------------------------------------------ keys
 
 
-def test_a_run_is_known_by_what_it_computes_and_not_by_where_it_lies():
+def test_a_run_is_named_by_what_it_computes_and_not_by_its_paths():
     here, there = (presets.tiny(Path(root)) for root in ("a", "b/c"))
     run = runs.run_of(here, "LLaMA2-7B", WIZARD, qtuning("12.5x50"), 0)
     assert runs.key(here, run) == runs.key(there, run)
@@ -103,19 +108,89 @@ def test_a_run_is_known_by_what_it_computes_and_not_by_where_it_lies():
     ]
     assert len({runs.key(here, other) for other in (run, *others)}) == 1 + len(others)
     assert runs.key(dataclasses.replace(here, settings=("--lora-rank", "4")), run) != runs.key(here, run)
-    spelled = (*run.flags, "--smoothing", "0.5")  # the default, said aloud
+    spelled = (*run.flags, "--smoothing", "0.5")  # the default
     assert runs.key(here, dataclasses.replace(run, flags=spelled)) == runs.key(here, run)
 
 
 def test_tables_share_their_runs():
     tiny, of_paper = PRESETS["tiny"], PRESETS["paper"]
     shared = {name: set(runs.runs_of(tiny, EXPERIMENTS[name], 3)) for name in ("table1", "table10", "table8")}
-    assert shared["table1"] < shared["table10"]  # one embedded model stands for all
+    assert shared["table1"] < shared["table10"]  # all models are the embedded one
     assert len(shared["table1"] & shared["table8"]) == 4  # the untuned model, full data at 3 seeds
     assert not set(runs.runs_of(of_paper, EXPERIMENTS["table1"], 1)) & set(
         runs.runs_of(of_paper, EXPERIMENTS["table10"], 1)
     )
     assert sum(run.flags is None for run in shared["table1"]) == 1  # it has no seed
+
+
+# ------------------------------------------------------------------------------------------- pruners
+
+
+def test_side_files_are_those_that_the_tables_name():
+    """Every pruner's needs, by hand: a pruner that needs another file is one more line of `pruners/`, none here."""
+    files = {"alpagasus": ["rating"], "cond-gain": ["cond_gain"], "deita": ["complexity", "quality", "embedding"]}
+    files |= {"ds2": ["rating", "embedding"], "less": ["less"], "rho1": ["reference_nll"]}
+    files |= {"tokencleaning-row": ["base_nll", "reference_nll"]}
+    for flag, table in (("--sample-pruner", SAMPLE_PRUNERS), ("--token-pruner", TOKEN_PRUNERS)):
+        other = "--token-pruner" if flag == "--sample-pruner" else "--sample-pruner"
+        for name in table:
+            run = runs.Run("embedded", WIZARD, (flag, name, other, "none"), 0)
+            assert runs.side_files(PRESETS["tiny"], run) == files.get(name, [])
+    assert runs.side_files(PRESETS["tiny"], runs.Run("embedded", WIZARD, None, 0)) == []
+
+
+def test_a_new_pruner_runs_without_a_change_here(monkeypatch):
+    """Its side files are written before it, by the commands that write any other's."""
+    monkeypatch.setitem(SAMPLE_PRUNERS, "new", SamplePruner(("num_answer_tokens", "a_score"), rows=lambda *given: None))
+    monkeypatch.setitem(TOKEN_PRUNERS, "newer", TokenPruner(("nll", "reference_nll"), lambda *given: None))
+    tiny = PRESETS["tiny"]
+    both = runs.Run("embedded", WIZARD, ("--sample-pruner", "new", "--token-pruner", "newer"), 0)
+    side = runs.side_folder(tiny, both, ROOT)
+    assert side == ROOT / "side-embedded-WizardLM"
+    assert runs.train_command(tiny, both, ROOT)[1][-2:] == ["--scores", str(side / "scores")]
+    commands = runs.side_commands(tiny, [run_of(0), both], side)
+    assert [(module, argv[0]) for module, argv in commands if module != "train"] == [
+        ("pruners.score_rows", "a_score"),
+        ("pruners.score_rows", "reference_nll"),
+    ]
+    (reference,) = [argv for module, argv in commands if module == "train"]
+    assert reference[reference.index("--out") + 1] == str(side / "reference")
+
+
+def test_side_files_are_written_for_the_runs_that_share_them_and_no_others(monkeypatch, tmp_path):
+    tiny = PRESETS["tiny"]
+    needy = [run_of(0, "Rho-1"), run_of(1, "TokenCleaning"), run_of(0)]
+    commands = runs.side_commands(tiny, needy, tmp_path)
+    written = [argv[0] for module, argv in commands if module == "pruners.score_rows"]
+    assert written == ["reference_nll", "base_nll"]  # each once
+    stronger = runs.Run("embedded", WIZARD, row("LESS", "Random", "12.5x50"), 0)
+    (_, warmup), (module, less) = runs.side_commands(tiny, [stronger], tmp_path)
+    assert (module, less[0]) == ("pruners.score_rows", "less")
+    assert less[less.index("--warmup") + 1] == str(tmp_path / "warmup")
+    assert train.parse_config(warmup).lora_rank == 8  # also where the preset tunes the whole model
+
+
+def test_side_files_are_commands_that_score_rows_takes(monkeypatch, tmp_path):
+    monkeypatch.setattr(score_rows, "score_file", lambda args: taken.append(args.what))
+    for preset in (PRESETS["tiny"], PRESETS["paper"]):
+        taken, expected = [], []
+        for name in preset.experiments:
+            every = runs.runs_of(preset, EXPERIMENTS[name], 1)
+            for side, needy in command_line.by_side_folder(preset, every, tmp_path).items():
+                for module, argv in runs.side_commands(preset, needy, side) if side else ():
+                    assert module in ("train", "pruners.score_rows")
+                    if module == "pruners.score_rows":
+                        score_rows.main(argv)
+                        expected.append(argv[0])
+        assert taken == expected and {"rating", "reference_nll", "less"} <= set(taken)
+
+
+@pytest.mark.parametrize("module", [runs, cost, command_line], ids=lambda module: module.__name__)
+def test_what_runs_a_pruner_names_none(module):
+    """Experiments and tables of results name methods; the code that runs them and estimates cost reads the tables."""
+    source = Path(module.__file__).read_text()
+    names = {*SAMPLE_PRUNERS, *TOKEN_PRUNERS} - {"none", "less"}  # `less` is also a side file
+    assert [name for name in names if f'"{name}"' in source] == []
 
 
 # ------------------------------------------------------------------------------------------- one run
@@ -130,7 +205,7 @@ def small_scale(tmp_path):
     return dataclasses.replace(preset, settings=settings, tests={WIZARD: tests, "OpenHermes": tests})
 
 
-def test_a_run_is_made_once_and_told_as_it_was(small_scale, tmp_path, monkeypatch):
+def test_a_run_is_made_once_and_its_summary_is_what_it_did(small_scale, tmp_path, monkeypatch):
     small_scale.make_files(small_scale, set())
     run = runs.run_of(small_scale, "LLaMA2-7B", WIZARD, qtuning("12.5x50"), 1)
     made = runs.make(small_scale, run, tmp_path)
@@ -148,17 +223,17 @@ def test_a_run_is_made_once_and_told_as_it_was(small_scale, tmp_path, monkeypatc
     assert runs.make(small_scale, run, tmp_path) == made
 
 
-def test_a_run_that_was_cut_goes_on(small_scale, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues(small_scale, tmp_path, monkeypatch):
     small_scale.make_files(small_scale, set())
     run = runs.run_of(small_scale, "LLaMA2-7B", WIZARD, row("Random", "Random", "12.5x50"), 0)
     whole = runs.make(small_scale, run, tmp_path / "whole")
 
     execute = runs.execute
 
-    def cut(preset, command, log):
+    def cut(preset, command, log, main=None):
         if command[0] == "eval.gsm8k":
             raise KeyboardInterrupt
-        execute(preset, command, log)
+        execute(preset, command, log, main)
 
     monkeypatch.setattr(runs, "execute", cut)
     with pytest.raises(KeyboardInterrupt):
@@ -179,9 +254,9 @@ def test_the_untuned_model_is_step_0_of_every_curve(small_scale, tmp_path):
 
 
 def test_a_failing_run_says_where_and_why(small_scale, tmp_path):
-    missing = dataclasses.replace(small_scale, held=tmp_path / "nowhere.json")
+    missing = dataclasses.replace(small_scale, heldout=tmp_path / "nowhere.json")
     run = runs.run_of(missing, "LLaMA2-7B", WIZARD, qtuning("12.5x50"), 0)
-    with pytest.raises(RuntimeError, match=r"train failed, see .*log\.txt: train\.py: .*nowhere\.json"):
+    with pytest.raises(ChildProcessError, match=r"train failed, see .*log\.txt: train\.py: .*nowhere\.json"):
         runs.make(missing, run, tmp_path)
 
 
@@ -196,14 +271,14 @@ def made(monkeypatch):
     def make(preset, run, root):
         order.append(run)
         if run.seed == 7:
-            raise RuntimeError("train failed, see log.txt: why")
+            raise ChildProcessError("train failed, see log.txt: why")
         if run.seed == 9:
             raise BrokenProcessPool("a process died")
 
-    def make_side_files(preset, run, root):
-        order.append(runs.side_folder(run, root))
-        if run.model == "embedded" and run.data == "MathInstruct":
-            raise RuntimeError("score_rows failed")
+    def make_side_files(preset, needy, root):
+        order.append(runs.side_folder(preset, needy[0], root))
+        if needy[0].model == "embedded" and needy[0].data == "MathInstruct":
+            raise ChildProcessError("pruners.score_rows failed")
 
     monkeypatch.setattr(command_line, "ProcessPoolExecutor", lambda jobs, *how: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(runs, "make", make)
@@ -215,7 +290,7 @@ def run_of(seed, token="Random", data=WIZARD):
     return runs.Run("embedded", data, row("Random", token, "12.5x50"), seed)
 
 
-def test_side_files_come_before_the_runs_that_go_by_them_and_once(made):
+def test_side_files_come_before_the_runs_that_need_them_and_once(made):
     todo = [run_of(0, "Rho-1"), run_of(0), run_of(1, "TokenCleaning"), run_of(1)]
     assert command_line.run_all(PRESETS["tiny"], todo, ROOT, 2, lambda: None) == []
     side = ROOT / "side-embedded-WizardLM"
@@ -223,7 +298,7 @@ def test_side_files_come_before_the_runs_that_go_by_them_and_once(made):
     assert made.index(side) < min(made.index(todo[0]), made.index(todo[2]))
 
 
-def test_a_failing_run_is_told_and_the_others_go_on(made):
+def test_a_failing_run_is_reported_and_the_others_continue(made):
     todo = [run_of(7), run_of(0, "Rho-1", "MathInstruct"), run_of(1), run_of(2)]
     failed = command_line.run_all(PRESETS["tiny"], todo, ROOT, 1, lambda: None)
     assert sorted(line.rpartition(": ")[0].partition(":")[0] for line in failed) == [
@@ -232,7 +307,7 @@ def test_a_failing_run_is_told_and_the_others_go_on(made):
     ]
     assert run_of(1) in made
     assert run_of(2) in made
-    assert run_of(0, "Rho-1", "MathInstruct") not in made  # what it goes by is not there
+    assert run_of(0, "Rho-1", "MathInstruct") not in made  # its side files are missing
 
 
 def test_results_are_saved_now_and_then(made):
@@ -265,7 +340,7 @@ def test_a_dry_run_prints_commands_that_parse_and_runs_nothing(tmp_path, capsys,
         train.parse_config(words[words.index("train.py") + 1 :])
     outs = [words[words.index("--out") + 1] for words in trained]
     assert len(set(outs)) == len(outs)
-    assert sum("GiB a device" in line for line in lines) + 4 == len(trained)  # side files: two runs a model
+    assert sum("GiB a device" in line for line in lines) + 2 == len(trained)  # a reference for each model
     assert not list(tmp_path.iterdir())
 
 
@@ -288,7 +363,7 @@ def test_a_wrong_command_line_is_refused_with_what_was_expected(argv, said, caps
     assert not list(tmp_path.iterdir())
 
 
-def test_results_are_added_to_those_that_stand_there(tmp_path):
+def test_results_are_added_to_those_in_the_file(tmp_path):
     out = tmp_path / "tiny.json"
     for folder, seed, score in (("a", 0, 1.0), ("b", 1, 2.0), ("b", 0, 3.0)):
         path = tmp_path / folder / str(seed) / "summary.json"
@@ -379,7 +454,7 @@ def test_a_table_shows_the_papers_score_ours_and_the_difference_of_the_gains(res
     ours = dict(zip(head[8:13], lines["Q-Tuning"][8:13], strict=True))
     assert ours == {
         "GSM8K: paper": "29.34",
-        "gain": "+5.0",  # ours; the paper's +6.60 stands in the column of the same name before it
+        "gain": "+5.0",  # ours; the column of the same name before it has the paper's +6.60
         "GSM8K form: ours": "46.0 ± 2.5",
         "difference": "-1.6 ~",
     }
@@ -387,7 +462,7 @@ def test_a_table_shows_the_papers_score_ours_and_the_difference_of_the_gains(res
     assert lines["Random-Random (reference)"][10] == "41.0 ± 2.5"
 
 
-def test_a_falling_loss_is_a_gain_and_what_seeds_could_have_done_is_called_noise(results):
+def test_a_falling_loss_is_a_gain_and_a_gain_within_its_interval_is_noise(results):
     ours, theirs = (
         results.runs["embedded", WIZARD, f] for f in (qtuning("12.5x50"), row("Random", "Random", "12.5x50"))
     )
@@ -395,11 +470,8 @@ def test_a_falling_loss_is_a_gain_and_what_seeds_could_have_done_is_called_noise
     assert not report.gain(ours, theirs, "gsm8k").is_noise()
     assert report.gain(ours, theirs, "gsm8k").is_noise(expected=6.0)
     assert report.gain(ours, theirs, "arc").is_noise()
-    told = report.answers(results)
-    assert (
-        "| Q-Tuning over random x random, 12.5x50 | +0.0 ± 2.3 | +5.0 ± 2.3 | +0.050 ± 0.000 | better on GSM8K form"
-        in told
-    )
+    line = "| Q-Tuning over random x random, 12.5x50 | +0.0 ± 2.3 | +5.0 ± 2.3 | +0.050 ± 0.000 | better on GSM8K form"
+    assert line in report.answers(results)
 
 
 def test_sources_are_shares_of_what_was_kept(results):
@@ -419,3 +491,19 @@ def test_the_page_holds_what_there_is_and_nothing_else(results, tmp_path, monkey
     assert "## What is selected" not in page
     assert "SmolLM2-135M on real rows" not in page
     assert "EFFICIENCY" in page
+
+
+def test_a_table_escapes_bars_and_has_as_many_dashes_as_columns():
+    found = tables.markdown([["", "a"], ["Q3 | Q2", "1"]])
+    assert found == "|  | a |\n| --- | --- |\n| Q3 \\| Q2 | 1 |"
+
+
+def test_a_result_file_has_a_line_for_each_run_and_reads_back(tmp_path):
+    results = {"runs": [{"a": 1, "b": ["ä"]}, {"a": 2}], "machines": [{"name": "x"}]}
+    runs.write_by_line(tmp_path / "new" / "results.json", results, "runs")
+    text = (tmp_path / "new" / "results.json").read_text()
+    assert json.loads(text) == results
+    lines = [line.strip(" ,") for line in text.splitlines()]
+    assert [json.loads(line) for line in lines if line.startswith('{"a"')] == results["runs"]
+    runs.write_by_line(tmp_path / "none.json", {"machines": [], "runs": []}, "runs")
+    assert read_json(tmp_path / "none.json") == {"machines": [], "runs": []}

@@ -1,12 +1,12 @@
 """reproduce/memory.py: parameter counts of the paper's models, and its formulas against tensors counted one by one."""
 
-import json
-
 import pytest
 import torch
-from test_model import FAMILIES, lora_model, small_model
+from small import FAMILIES, lora_model, small_model
 
 from reproduce import memory
+from training.files import read_json
+from training.layers import checkpointed
 
 
 @pytest.mark.parametrize(
@@ -33,31 +33,30 @@ def test_models_have_their_published_number_of_parameters(name, count):
 def test_the_layers_keep_exactly_the_bytes_of_the_formula(family, rank, bf16, checkpointing):
     changes = {**FAMILIES[family], "sliding_window": None}  # a window adds its mask, once
     model = lora_model(rank=rank, **changes) if rank else small_model(**changes)
-    if bf16 and rank:  # as train.py has it: a 16-bit base under fp32 adapters
+    if bf16 and rank:  # as in train.py: a 16-bit base under fp32 adapters
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
-    model.activation_checkpointing = checkpointing
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = tensor  # held, so that no other tensor comes to stand there
+            kept[storage.data_ptr()] = tensor  # alive, so that no other tensor takes its address
         return tensor
 
     tokens = 11
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=bf16):
-        model.hidden_states(torch.arange(tokens)[None])
+        model.hidden_states(torch.arange(tokens)[None], run_layer=checkpointed if checkpointing else None)
     expected = memory.activation_bytes(model.config, tokens, rank, bf16, checkpointing)
-    if checkpointing:  # that one layer's are made only on the way back
+    if checkpointing:  # the backward pass makes those of one layer
         expected -= memory.layer_bytes(model.config, tokens, rank, bf16)
     assert sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) == expected
 
 
 def test_the_committed_peaks_are_within_a_seventh_of_the_formula():
-    results = json.loads(memory.RESULT.read_text())
+    results = read_json(memory.RESULT)
     assert {row["mode"] for row in results["measured"]} == set(memory.MODES)
     for row in results["measured"]:
         cfg, bf16 = memory.MODELS[memory.MEASURED_MODEL], row["dtype"] == "bf16"

@@ -174,7 +174,7 @@ def printed_rows(number: str) -> dict[tuple[str, str, str], list[float]]:
             scores = {column[j]: float(cells[j]) for j in places if SCORE.fullmatch(cells[j])}
             if len(scores) == len(tasks):
                 row = [scores[task] for task in tasks]
-                assert found.setdefault((model, *key), row) == row  # Full Dataset stands in a table more than once
+                assert found.setdefault((model, *key), row) == row  # a table has Full Dataset more than once
     return found
 
 

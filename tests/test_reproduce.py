@@ -1,12 +1,15 @@
-"""The reports of reproduce/: what they count is what happened."""
+"""The reports of reproduce/ count what happened, and logs are read line by line."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import run
+from train_runs import run
 
 from reproduce import quickstart, selection
+from training.files import append_json, read_json, read_jsonl
 
 
 def test_sources_at_the_runs_own_prune_batch_are_those_it_logged(checkpoint, rows, tmp_path):
@@ -42,3 +45,49 @@ def test_plants_are_counted_by_kind_and_quadrant():
     table = quickstart.plants_by_quadrant([{"samples": samples}] * 2, {"a": "wrong", "b": "clean"})
     assert dict(table["wrong"]) == {"seen": 2, "VALUABLE_MISCONCEPTION": 2, "kept": 2}
     assert dict(table["clean"]) == {"seen": 2, "BETWEEN": 2, "kept": 0}
+
+
+def committed_quickstart():
+    return read_json(Path(quickstart.__file__).parent / "results" / "quickstart.json")
+
+
+def test_the_quickstart_ends_in_its_summary_of_eight_lines():
+    result = committed_quickstart()
+    lines = quickstart.summary(result).split("\n")
+    assert len(lines) == 8
+    assert quickstart.report(result).endswith("\n\n" + quickstart.summary(result))
+    kept = result["total"]["samples_kept"]
+    assert f"{kept:,}" in lines[-6]
+    assert f"{result['after']['heldout_loss']:.3f}" in lines[-1]
+    assert sum(result["total"][name] for name in selection.SOURCES) == kept
+
+
+leaves = st.none() | st.integers() | st.text()
+values = st.recursive(leaves, lambda some: st.lists(some) | st.dictionaries(st.text(), some))
+
+
+@given(st.lists(values, max_size=5), st.text('{["1', max_size=5))
+def test_a_log_reads_back_line_by_line_without_a_line_that_is_being_written(tmp_path_factory, lines, cut):
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    path.touch()
+    for line in lines:
+        append_json(path, line)
+    assert read_jsonl(path) == read_jsonl(path, growing=True) == lines
+    with path.open("a") as file:
+        file.write(cut)
+    assert read_jsonl(path, growing=True) == lines
+
+
+def test_a_broken_line_is_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl:2: not valid JSON"):
+        read_jsonl(path)
+    path.write_text('{"step": 1}\n{"step"')  # cut off
+    with pytest.raises(ValueError, match=r"log\.jsonl:2: not valid JSON"):
+        read_jsonl(path)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl: not valid UTF-8"):
+        read_jsonl(path)
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl: no such file"):
+        read_jsonl(tmp_path / "missing.jsonl")
