@@ -13,7 +13,7 @@ At every step Q-Tuning scores a mini-batch with a gradient-free forward pass and
 
 `prune_batch` is all of Algorithm 1; the functions above it are its parts, in the paper's order. They are
 pure: tensors on any device in, new tensors out, no randomness, ties broken by position. "Choice C1-C15"
-marks what the paper leaves open; README.md lists the choices with their reasons.
+marks what the paper leaves open; docs/CHOICES.md lists the choices with their reasons.
 
 Shapes: B samples, T label positions, V vocabulary. `nll[b, t]` belongs to the label at t (the caller has
 shifted). Masks are bool, True = trainable or kept. Ratios say what is kept; logarithms are natural.

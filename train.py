@@ -242,7 +242,7 @@ def train_on(
         chosen = choose_samples(cfg, step, rows, scorer)
         trimmed = choose_tokens(cfg, step, rows, chosen, scorer)
         kept = token_mask(chosen, trimmed, scorer.loss_mask(rows))  # (B, T), the tokens in the loss
-        num_kept = int(kept.sum())
+        num_kept = max(int(kept.sum()), 1)  # a step without a kept token has loss 0
         selected = time.perf_counter()
 
         # Train on what is left: the loss is the mean over the tokens kept on all ranks (choice C16).

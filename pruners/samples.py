@@ -71,12 +71,11 @@ def top_rows(score: Tensor, num_keep: int) -> Tensor:
     return score.cpu().sort(descending=True, stable=True).indices[:num_keep].sort().values
 
 
-def random_rows(num_answer_tokens: Tensor, num_keep: int) -> Tensor:
+def random_rows(num_keep: int) -> Tensor:
     """The first `num_keep` rows: a uniform draw, since rows come in an order that the seed alone sets.
 
     The random twin of every pruner below: drawn once, where `random_samples` draws in every mini-batch.
     """
-    check_enough(num_keep, len(num_answer_tokens))
     return torch.arange(num_keep)
 
 

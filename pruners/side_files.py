@@ -93,19 +93,21 @@ def open_side_file(folder: Path, what: str, settings: dict) -> set[str]:
 
 # ----------------------------------------------------------------------------- needs of pruners, by row
 
+OF_SAMPLE = {"num_answer_tokens": lambda sample: answer_mask(sample).sum()}  # needs that the tokens answer: |T(x)|
+
 
 def sample_values(need: str, samples: Sequence[Sample], data: str, scores: str | None) -> list[Tensor | None]:
     """One value for each sample: from the data file's field of that name, else from the side file, else None.
 
-    `num_answer_tokens` is |T(x)|; `embedding` is a vector, from a side file only.
+    A need in OF_SAMPLE is answered without either; `embedding` is a vector, from a side file only.
 
     Raises:
         ValueError: a side file is needed and there is no --scores, or a value is no number.
         FileNotFoundError: there is no such side file.
     """
     ids = [sample.id for sample in samples]
-    if need == "num_answer_tokens":
-        return [answer_mask(sample).sum() for sample in samples]
+    if need in OF_SAMPLE:
+        return [OF_SAMPLE[need](sample) for sample in samples]
     if need == "embedding":
         vectors = read_side_file(_folder(need, scores), need, decode_vector)
         return [vectors.get(row_id) for row_id in ids]

@@ -162,9 +162,7 @@ def supp_scores_are_clear(ppl, ent, input_error=0.0):
 
 def token_scores_are_clear(nll, loss_mask, smoothing, relative_error=1e-5):
     """Does any arithmetic rank the tokens of this row as exact fractions of exp(nll) do?"""
-    token_ppl = [
-        math.exp(value) if trainable else None for value, trainable in zip(nll, loss_mask, strict=True)
-    ]
+    token_ppl = [math.exp(value) if trainable else None for value, trainable in zip(nll, loss_mask, strict=True)]
     score = twin.smoothed_token_score(token_ppl, loss_mask, smoothing)
     inputs = {}
     for i in score:

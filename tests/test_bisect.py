@@ -1,16 +1,16 @@
 """The bisect search for the thresholds of the Error-Uncertainty plane (Equation 6), claim by claim.
 
-Each test draws mini-batches and says in its name what holds for all of them. To see what a line of
+Each test draws mini-batches, and its name says what holds for all of them. To see what a line of
 `bisect_thresholds` is for, break it and run `pytest tests/test_bisect.py`: Hypothesis answers with the
 smallest batch that shows the difference. Breaks to begin with, and one test that notices each:
 
-    num_kept > num_keep   to  >=                     the_bracket_ends_where_too_many_are_kept
+    .sum()) > num_keep    to  >=                     the_bracket_ends_where_too_many_are_kept
     return thresholds_at(ppl, ent, high, high)       the_search_keeps_at_most_the_target
     return thresholds_at(ppl, ent, alpha, alpha)     the same: the last midpoint may keep too many
     range(max_iters)      to  range(max_iters - 1)   every_iteration_halves_the_bracket
     ppl > thresholds.ppl_high   to  >=               alpha_zero_keeps_nothing
     ppl <= thresholds.ppl_low   to  <                constant_samples_are_all_redundant
-    ceil to floor in `quantile`                      quantile_is_the_smallest_value_with_a_fraction_...
+    ceil to floor in `_rank`                         quantile_is_the_smallest_value_with_a_fraction_...
     no sort in `quantile`                            permuting_the_batch_permutes_the_quadrants
 """
 
@@ -70,7 +70,7 @@ def test_quantile_never_falls_as_gamma_grows(plane, one, two):
 
 
 @given(planes(), gammas, st.randoms(use_true_random=False))
-def test_quantile_knows_no_order(plane, gamma, random):
+def test_quantile_does_not_depend_on_the_order(plane, gamma, random):
     values = plane[0].tolist()
     random.shuffle(values)
     assert qtuning.quantile(tensor(values), gamma) == qtuning.quantile(plane[0], gamma)

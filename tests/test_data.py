@@ -1,4 +1,4 @@
-"""data/: templates against exact ids, properties of truncation, batches and stream, every bad row's place."""
+"""data/sft.py and data/tokenizer.py: templates against exact ids, truncation, batches, every bad row's place."""
 
 import json
 import tempfile
@@ -17,8 +17,15 @@ from data.tokenizer import TextTokenizer
 # text between special tokens gets "_" in front, as LLaMA-2's tokenizer puts a space there. So the ids tell
 # which pieces were tokenised together.
 UNK, BOS, EOS = 1, 128, 129
-SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": 130, "<|im_end|>": 131, "<|start_header_id|>": 132,
-           "<|end_header_id|>": 133, "<|eot_id|>": 134}
+SPECIAL = {
+    "<s>": BOS,
+    "</s>": EOS,
+    "<|im_start|>": 130,
+    "<|im_end|>": 131,
+    "<|start_header_id|>": 132,
+    "<|end_header_id|>": 133,
+    "<|eot_id|>": 134,
+}
 
 
 def raw_tokenizer(special=SPECIAL):
@@ -44,8 +51,10 @@ def spoken(*turns):
     """Messages user, assistant, user, ...; a leading ("system", text) pair stays as it is."""
     system = [{"role": "system", "content": turns[0][1]}] if isinstance(turns[0], tuple) else []
     roles = ("user", "assistant") * len(turns)
-    return {"messages": system + [{"role": role, "content": text}
-                                  for role, text in zip(roles, turns[len(system):], strict=False)]}
+    return {
+        "messages": system
+        + [{"role": role, "content": text} for role, text in zip(roles, turns[len(system) :], strict=False)]
+    }
 
 
 def write(folder, rows, name="rows.jsonl"):
@@ -68,33 +77,52 @@ def only_sample(row, **options):
 
 # ------------------------------------------------------------------------------------------------ templates
 
-ALPACA = ("_Below is an instruction that describes a task. "
-          "Write a response that appropriately completes the request.\n\n")
+ALPACA = (
+    "_Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
 EXPECTED = {  # template: (prompt ids, answer ids) of the question "Hi" and the answer "Yes"
     "llama2": (ids(BOS, "_[INST] Hi [/INST]"), ids("_Yes", EOS)),
     "mistral": (ids(BOS, "_[INST] Hi[/INST]"), ids("_ Yes", EOS)),
-    "llama3": (ids(BOS, 132, "_user", 133, "_\n\nHi", 134, 132, "_assistant", 133, "_\n\n"),
-               ids("_Yes", 134)),
+    "llama3": (ids(BOS, 132, "_user", 133, "_\n\nHi", 134, 132, "_assistant", 133, "_\n\n"), ids("_Yes", 134)),
     "qwen3": (ids(130, "_user\nHi", 131, "_\n", 130, "_assistant\n"), ids("_Yes", 131, "_\n")),
     "chatml": (ids(130, "_user\nHi", 131, "_\n", 130, "_assistant\n"), ids("_Yes", 131, "_\n")),
     "alpaca": (ids(ALPACA, "_### Instruction:\nHi\n\n### Response:\n"), ids("_Yes", EOS, "_\n\n")),
     "default": (ids("_Human: Hi", EOS, "_\nAssistant:"), ids("_Yes", EOS, "_\n")),
 }
 EXPECTED_TURNS = {  # template: prompt, answer, prompt, answer ids of system "Be", "Hi", "Yes", "So", "No"
-    "llama2": (ids(BOS, "_[INST] <<SYS>>\nBe\n<</SYS>>\n\nHi [/INST]"), ids("_Yes", EOS),
-               ids(BOS, "_[INST] So [/INST]"), ids("_No", EOS)),
-    "mistral": (ids(BOS, "_[INST] Be\n\nHi[/INST]"), ids("_ Yes", EOS),
-                ids("_[INST] So[/INST]"), ids("_ No", EOS)),
-    "llama3": (ids(BOS, 132, "_system", 133, "_\n\nBe", 134, 132, "_user", 133, "_\n\nHi", 134,
-                   132, "_assistant", 133, "_\n\n"), ids("_Yes", 134),
-               ids(132, "_user", 133, "_\n\nSo", 134, 132, "_assistant", 133, "_\n\n"), ids("_No", 134)),
-    "chatml": (ids(130, "_system\nBe", 131, "_\n", 130, "_user\nHi", 131, "_\n", 130, "_assistant\n"),
-               ids("_Yes", 131, "_\n"),
-               ids(130, "_user\nSo", 131, "_\n", 130, "_assistant\n"), ids("_No", 131, "_\n")),
-    "alpaca": (ids("_Be\n\n", "_### Instruction:\nHi\n\n### Response:\n"), ids("_Yes", EOS, "_\n\n"),
-               ids("_### Instruction:\nSo\n\n### Response:\n"), ids("_No", EOS, "_\n\n")),
-    "default": (ids("_System: Be", EOS, "_\n", "_Human: Hi", EOS, "_\nAssistant:"), ids("_Yes", EOS, "_\n"),
-                ids("_Human: So", EOS, "_\nAssistant:"), ids("_No", EOS, "_\n")),
+    "llama2": (
+        ids(BOS, "_[INST] <<SYS>>\nBe\n<</SYS>>\n\nHi [/INST]"),
+        ids("_Yes", EOS),
+        ids(BOS, "_[INST] So [/INST]"),
+        ids("_No", EOS),
+    ),
+    "mistral": (ids(BOS, "_[INST] Be\n\nHi[/INST]"), ids("_ Yes", EOS), ids("_[INST] So[/INST]"), ids("_ No", EOS)),
+    "llama3": (
+        ids(
+            BOS, 132, "_system", 133, "_\n\nBe", 134, 132, "_user", 133, "_\n\nHi", 134, 132, "_assistant", 133, "_\n\n"
+        ),
+        ids("_Yes", 134),
+        ids(132, "_user", 133, "_\n\nSo", 134, 132, "_assistant", 133, "_\n\n"),
+        ids("_No", 134),
+    ),
+    "chatml": (
+        ids(130, "_system\nBe", 131, "_\n", 130, "_user\nHi", 131, "_\n", 130, "_assistant\n"),
+        ids("_Yes", 131, "_\n"),
+        ids(130, "_user\nSo", 131, "_\n", 130, "_assistant\n"),
+        ids("_No", 131, "_\n"),
+    ),
+    "alpaca": (
+        ids("_Be\n\n", "_### Instruction:\nHi\n\n### Response:\n"),
+        ids("_Yes", EOS, "_\n\n"),
+        ids("_### Instruction:\nSo\n\n### Response:\n"),
+        ids("_No", EOS, "_\n\n"),
+    ),
+    "default": (
+        ids("_System: Be", EOS, "_\n", "_Human: Hi", EOS, "_\nAssistant:"),
+        ids("_Yes", EOS, "_\n"),
+        ids("_Human: So", EOS, "_\nAssistant:"),
+        ids("_No", EOS, "_\n"),
+    ),
 }
 
 
@@ -106,8 +134,31 @@ def assert_is(sample, *segments):
 
 def test_the_llama2_template_gives_exactly_these_numbers():
     sample = only_sample({"instruction": "Hi", "output": "No"}, template="llama2")
-    assert sample.input_ids == [128, 95, 91, 73, 78, 83, 84, 93, 32, 72, 105, 32, 91, 47, 73, 78, 83, 84, 93,
-                                95, 78, 111, 129]
+    assert sample.input_ids == [
+        128,
+        95,
+        91,
+        73,
+        78,
+        83,
+        84,
+        93,
+        32,
+        72,
+        105,
+        32,
+        91,
+        47,
+        73,
+        78,
+        83,
+        84,
+        93,
+        95,
+        78,
+        111,
+        129,
+    ]
     assert sample.labels == [-100] * 19 + [95, 78, 111, 129]
 
 
@@ -124,13 +175,14 @@ def test_every_answer_of_a_conversation_is_labelled_and_nothing_else(template):
 
 def test_braces_and_placeholder_names_in_the_data_stay_text():
     row = {"instruction": "{} {q} {0} <BOS>", "output": "{} BOS"}
-    assert_is(only_sample(row, template="llama2"),
-              ids(BOS, "_[INST] {} {q} {0} <BOS> [/INST]"), ids("_{} BOS", EOS))
+    assert_is(only_sample(row, template="llama2"), ids(BOS, "_[INST] {} {q} {0} <BOS> [/INST]"), ids("_{} BOS", EOS))
 
 
-CHAT = ("{{ bos_token }}{% for message in messages %}\n    {% if message.role == 'user' %}\n"
-        "U:{{ message.content }};{% else %}A:{{ message.content | trim }}{{ eos_token }}{% endif %}\n"
-        "{% endfor %}{% if add_generation_prompt %}A:{% endif %}")
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}\n    {% if message.role == 'user' %}\n"
+    "U:{{ message.content }};{% else %}A:{{ message.content | trim }}{{ eos_token }}{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+)
 
 
 def with_chat_template(source):
@@ -150,10 +202,14 @@ def test_auto_without_a_chat_template_is_the_default_template():
 
 
 def test_a_chat_template_sees_no_tools_and_no_clock_and_tojson_does_not_escape_html():
-    chat = with_chat_template("{{ tools is none }} {{ strftime_now is defined }}"
-                              "{% for m in messages %}{{ m.content | tojson }}{% endfor %}")
-    assert_is(only_sample({"prompt": "<é>", "response": "Yes"}, tokenizer=chat),
-              ids('_True False"<', UNK, '>"'), ids('_"Yes"'))
+    chat = with_chat_template(
+        "{{ tools is none }} {{ strftime_now is defined }}{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    )
+    assert_is(
+        only_sample({"prompt": "<é>", "response": "Yes"}, tokenizer=chat),
+        ids('_True False"<', UNK, '>"'),
+        ids('_"Yes"'),
+    )
 
 
 def test_a_row_that_the_chat_template_refuses_is_a_bad_row():
@@ -165,19 +221,24 @@ def test_a_row_that_the_chat_template_refuses_is_a_bad_row():
         only_sample({"prompt": "Hi", "response": "Yes"}, tokenizer=two_nones)
 
 
-@pytest.mark.parametrize("source", [
-    "{{ messages | length }}",  # a later turn changes what stands before it
-    "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}",
-    "always the same",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages | length }}",  # a later turn changes what stands before it
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}",
+        "always the same",
+    ],
+)
 def test_a_chat_template_whose_answers_cannot_be_located_is_refused(source):
     with pytest.raises(ValueError, match=r"rows.jsonl:1: .*continuation.*--template"):
         only_sample({"prompt": "Hi", "response": "Yes"}, tokenizer=with_chat_template(source))
 
 
 def test_a_chat_template_that_rewrites_earlier_turns_is_refused_only_where_it_does():
-    thinks = with_chat_template("{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A{% else %}"
-                                "{% if loop.last %}(think){% endif %}{{ m.content }}{% endif %}{% endfor %}")
+    thinks = with_chat_template(
+        "{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A{% else %}"
+        "{% if loop.last %}(think){% endif %}{{ m.content }}{% endif %}{% endfor %}"
+    )
     assert_is(only_sample(spoken("Hi", "Yes"), tokenizer=thinks), ids("_UHiA"), ids("_(think)Yes"))
     with pytest.raises(ValueError, match="turn 4 as a continuation"):
         only_sample(spoken("Hi", "Yes", "So", "No"), tokenizer=thinks)
@@ -193,9 +254,16 @@ def test_an_unknown_template_is_refused_with_the_known_ones():
         sft.resolve_template("vicuna", TOKENIZER)
 
 
-@pytest.mark.parametrize(("template", "token"), [
-    ("chatml", r"<\|im_start\|>"), ("llama3", r"<\|start_header_id\|>"), ("llama2", "<BOS>"),
-    ("default", "<EOS>"), ("auto", "<EOS>")])
+@pytest.mark.parametrize(
+    ("template", "token"),
+    [
+        ("chatml", r"<\|im_start\|>"),
+        ("llama3", r"<\|start_header_id\|>"),
+        ("llama2", "<BOS>"),
+        ("default", "<EOS>"),
+        ("auto", "<EOS>"),
+    ],
+)
 def test_a_template_is_refused_where_the_tokenizer_lacks_its_token(template, token):
     named = {"bos_token": "<s>"} if template == "llama3" else {}
     bare = TextTokenizer(raw_tokenizer({"<s>": BOS, "</s>": EOS}), named)
@@ -205,27 +273,42 @@ def test_a_template_is_refused_where_the_tokenizer_lacks_its_token(template, tok
 
 # ---------------------------------------------------------------------------------------------------- forms
 
+
 def test_the_five_forms_of_a_row_give_the_same_sample():
-    forms = [{"instruction": "Hi\nyou", "output": "Yes"},
-             {"instruction": "Hi", "input": "you", "output": "Yes"},
-             {"prompt": "Hi\nyou", "response": "Yes"},
-             {"question": "Hi\nyou", "answer": "Yes"},
-             {"messages": [{"role": "user", "content": "Hi\nyou"}, {"role": "assistant", "content": "Yes"}]},
-             {"conversations": [{"from": "human", "value": "Hi\nyou"}, {"from": "gpt", "value": "Yes"}]}]
+    forms = [
+        {"instruction": "Hi\nyou", "output": "Yes"},
+        {"instruction": "Hi", "input": "you", "output": "Yes"},
+        {"prompt": "Hi\nyou", "response": "Yes"},
+        {"question": "Hi\nyou", "answer": "Yes"},
+        {"messages": [{"role": "user", "content": "Hi\nyou"}, {"role": "assistant", "content": "Yes"}]},
+        {"conversations": [{"from": "human", "value": "Hi\nyou"}, {"from": "gpt", "value": "Yes"}]},
+    ]
     samples, _ = load(forms)
     assert {(tuple(s.input_ids), tuple(s.labels)) for s in samples} == {
-        (tuple(samples[0].input_ids), tuple(samples[0].labels))}
+        (tuple(samples[0].input_ids), tuple(samples[0].labels))
+    }
     assert_is(samples[0], ids("_Human: Hi\nyou", EOS, "_\nAssistant:"), ids("_Yes", EOS, "_\n"))
 
 
-@pytest.mark.parametrize(("row", "question"), [
-    ({"instruction": "Hi", "input": "", "output": "Yes"}, "Hi"),
-    ({"instruction": "Hi", "input": None, "output": "Yes"}, "Hi"),
-    ({"instruction": "", "input": "you", "output": "Yes"}, "you"),
-    ({"instruction": "Hi", "output": "Yes", "history": [], "system": "", "source": "x"}, "Hi"),
-    ({"conversations": [{"from": "system", "value": ""}, {"from": "human", "value": "Hi"},
-                        {"from": "gpt", "value": "Yes"}]}, "Hi"),
-])
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"instruction": "Hi", "input": "", "output": "Yes"}, "Hi"),
+        ({"instruction": "Hi", "input": None, "output": "Yes"}, "Hi"),
+        ({"instruction": "", "input": "you", "output": "Yes"}, "you"),
+        ({"instruction": "Hi", "output": "Yes", "history": [], "system": "", "source": "x"}, "Hi"),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": ""},
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Yes"},
+                ]
+            },
+            "Hi",
+        ),
+    ],
+)
 def test_what_is_empty_adds_nothing_to_the_question(row, question):
     assert sft.to_messages(row) == spoken(question, "Yes")["messages"]
 
@@ -247,8 +330,11 @@ BAD_ROWS = [
     ([1, 2], "expected a JSON object, got a list"),
     ("text", "expected a JSON object, got a text"),
     (None, "expected a JSON object, got null"),
-    ({}, "expected the keys of one form (instruction and output or prompt and response or question and "
-         "answer or messages or conversations), got no keys"),
+    (
+        {},
+        "expected the keys of one form (instruction and output or prompt and response or question and "
+        "answer or messages or conversations), got no keys",
+    ),
     ({"text": "Hi"}, "messages or conversations), got text"),
     ({"instruction": "Hi", "input": "you"}, "messages or conversations), got instruction, input"),
     ({"prompt": "Hi", "response": "Yes", "question": "Hi", "answer": "Yes"}, "the keys of one form"),
@@ -270,16 +356,22 @@ BAD_ROWS = [
     ({"messages": [{"role": "tool", "content": "Hi"}]}, 'got {"role": "tool", "content": "Hi"}'),
     ({"messages": [{"from": "human", "value": "Hi"}]}, "messages, turn 1: expected an object whose 'role'"),
     ({"messages": [{"role": ["user"], "content": "Hi"}]}, "turn 1: expected an object whose 'role' is one"),
-    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt"}]},
-     "conversations, turn 2, 'value': expected a text, got null"),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-     "messages, turn 1, 'content': expected a text, got a list"),
+    (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt"}]},
+        "conversations, turn 2, 'value': expected a text, got null",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages, turn 1, 'content': expected a text, got a list",
+    ),
     (spoken(("system", "Be")), "got system"),
     (spoken("Hi"), "got user"),
     (spoken("Hi", "Yes", "So"), "got user, assistant, user"),
     ({"messages": spoken("Hi", "Yes")["messages"][1:]}, "got assistant"),
-    ({"messages": spoken("Hi", "Yes")["messages"] * 2 + spoken(("system", "Be"))["messages"]},
-     "got user, assistant, user, assistant, system"),
+    (
+        {"messages": spoken("Hi", "Yes")["messages"] * 2 + spoken(("system", "Be"))["messages"]},
+        "got user, assistant, user, assistant, system",
+    ),
 ]
 
 
@@ -295,13 +387,16 @@ def test_a_bad_row_is_named_by_its_line_and_can_be_skipped(tmp_path, bad, messag
         assert ([sample.id for sample in samples], skipped) == (["0", "2"], 1)
 
 
-@pytest.mark.parametrize(("raw", "message"), [
-    (b'{"prompt": "Hi", "response" "Yes"}', "not valid JSON: Expecting ':' delimiter at column 29"),
-    (b'{"prompt": "Hi"', "not valid JSON: Expecting ',' delimiter at column 16"),
-    (b'{"prompt": "\xff", "response": "Yes"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff"),
-    (b'{} {}', "not valid JSON: Extra data at column 4"),
-    (b'[' * 100_000, "not valid JSON"),
-])
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"prompt": "Hi", "response" "Yes"}', "not valid JSON: Expecting ':' delimiter at column 29"),
+        (b'{"prompt": "Hi"', "not valid JSON: Expecting ',' delimiter at column 16"),
+        (b'{"prompt": "\xff", "response": "Yes"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b"{} {}", "not valid JSON: Extra data at column 4"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+)
 def test_a_broken_jsonl_line_is_named_by_its_line_and_can_be_skipped(tmp_path, raw, message):
     path = tmp_path / "rows.jsonl"
     good = json.dumps(ENDS[0]).encode()
@@ -313,20 +408,22 @@ def test_a_broken_jsonl_line_is_named_by_its_line_and_can_be_skipped(tmp_path, r
     assert ([sample.id for sample in samples], skipped) == (["0", "2"], 1)
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("rows.json", '[{"prompt": "Hi"},\n {"prompt" "Hi"}]', ":2:12: not valid JSON: Expecting ':' delimiter"),
-    ("rows.json", '{"prompt": "Hi"}\n{"prompt": "Hi"}', ":2:1: not valid JSON: Extra data; if it has one"),
-    ("rows.json", '{"prompt": "Hi"}', ": expected a JSON list of rows, got an object"),
-    ("rows.json", "", ":1:1: not valid JSON"),
-    ("rows.json", "[" * 100_000, ": not valid JSON"),
-    ("rows.json", "[]", ": expected rows, got none"),
-    ("rows.jsonl", "\n \n", ": expected rows, got none"),
-    ("rows.csv", "a,b", ": expected a .json or .jsonl file, got suffix '.csv'"),
-    ("rows.jsonl", '{}\n[]\n', ":1: expected the keys of one form"),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.json", '[{"prompt": "Hi"},\n {"prompt" "Hi"}]', ":2:12: not valid JSON: Expecting ':' delimiter"),
+        ("rows.json", '{"prompt": "Hi"}\n{"prompt": "Hi"}', ":2:1: not valid JSON: Extra data; if it has one"),
+        ("rows.json", '{"prompt": "Hi"}', ": expected a JSON list of rows, got an object"),
+        ("rows.json", "", ":1:1: not valid JSON"),
+        ("rows.json", "[" * 100_000, ": not valid JSON"),
+        ("rows.json", "[]", ": expected rows, got none"),
+        ("rows.jsonl", "\n \n", ": expected rows, got none"),
+        ("rows.csv", "a,b", ": expected a .json or .jsonl file, got suffix '.csv'"),
+        ("rows.jsonl", "{}\n[]\n", ":1: expected the keys of one form"),
+    ],
+)
 @pytest.mark.parametrize("skip_bad_rows", [False, True])
-def test_a_file_without_a_good_row_is_an_error_even_when_skipping(
-        tmp_path, name, text, message, skip_bad_rows):
+def test_a_file_without_a_good_row_is_an_error_even_when_skipping(tmp_path, name, text, message, skip_bad_rows):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError) as caught:
         sft.load_samples(tmp_path / name, TOKENIZER, skip_bad_rows=skip_bad_rows)
@@ -358,9 +455,11 @@ def test_only_a_line_feed_ends_a_line_and_marks_and_blank_lines_are_skipped(tmp_
 # --------------------------------------------------------------------------------------------- properties
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
-conversation = st.builds(lambda system, turns: spoken(*system, *(t for turn in turns for t in turn)),
-                         st.lists(st.tuples(st.just("system"), text), max_size=1),
-                         st.lists(st.tuples(text, text), min_size=1, max_size=3))
+conversation = st.builds(
+    lambda system, turns: spoken(*system, *(t for turn in turns for t in turn)),
+    st.lists(st.tuples(st.just("system"), text), max_size=1),
+    st.lists(st.tuples(text, text), min_size=1, max_size=3),
+)
 template = st.sampled_from(list(sft.TEMPLATES))
 
 
@@ -378,7 +477,8 @@ def test_a_label_is_its_own_input_id_or_ignored_and_the_length_is_kept(row, temp
 
 @given(st.lists(conversation, min_size=1, max_size=5), template, st.integers(100, 200), st.integers(1, 4))
 def test_a_rows_ids_depend_neither_on_its_neighbours_nor_on_the_file_form_nor_on_the_chunk(
-        rows, template, max_length, chunk):
+    rows, template, max_length, chunk
+):
     options = {"template": template, "max_length": max_length}
     together, _ = load(rows, **options)
     assert together == load(rows, "rows.json", **options)[0]
@@ -391,7 +491,7 @@ def test_a_rows_ids_depend_neither_on_its_neighbours_nor_on_the_file_form_nor_on
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 80))
 @example(10, 10, 20)  # both sides half the budget: nothing is cut
-@example(50, 7, 14)   # an answer of just half the budget is not short
+@example(50, 7, 14)  # an answer of just half the budget is not short
 @example(7, 50, 14)
 @example(1000, 1, 2)
 def test_truncation_fills_the_budget_and_cuts_no_short_side(prompt, answer, budget):
@@ -406,8 +506,7 @@ def test_truncation_fills_the_budget_and_cuts_no_short_side(prompt, answer, budg
         assert kept_answer == budget * answer // (prompt + answer)
 
 
-@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4),
-       st.integers(2, 90))
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4), st.integers(2, 90))
 def test_truncation_keeps_the_head_of_every_prompt_and_answer(lengths, max_length):
     numbers = iter(range(1000))
     turns = [([next(numbers) for _ in range(p)], [next(numbers) for _ in range(a)]) for p, a in lengths]
@@ -437,9 +536,14 @@ def test_a_row_whose_answer_is_cut_away_is_a_bad_row(tmp_path):
 
 # --------------------------------------------------------------------------------------------------- batches
 
-sample = st.integers(2, 9).flatmap(lambda length: st.builds(
-    sft.Sample, st.just("0"), st.lists(st.integers(0, 99), min_size=length, max_size=length),
-    st.lists(st.integers(-100, 99), min_size=length, max_size=length)))
+sample = st.integers(2, 9).flatmap(
+    lambda length: st.builds(
+        sft.Sample,
+        st.just("0"),
+        st.lists(st.integers(0, 99), min_size=length, max_size=length),
+        st.lists(st.integers(-100, 99), min_size=length, max_size=length),
+    )
+)
 
 
 @given(st.lists(sample, min_size=1, max_size=5))
@@ -458,36 +562,8 @@ def test_collate_refuses_no_samples():
         sft.collate([])
 
 
-@given(st.integers(1, 20), st.integers(0, 60), st.integers(0, 40), st.integers(0, 40), st.integers(0, 5))
-def test_the_stream_is_one_sequence_whatever_slices_it_is_read_in(num_samples, start, first, second, seed):
-    middle, stop = start + first, start + first + second
-    whole = sft.stream_order(num_samples, start, stop, seed)
-    assert whole == sft.stream_order(num_samples, start, middle, seed) + sft.stream_order(
-        num_samples, middle, stop, seed)
-    assert whole == sft.stream_order(num_samples, 0, stop, seed)[start:]
-
-
-@given(st.integers(1, 20), st.integers(0, 2**40), st.integers(0, 2**70))
-def test_every_epoch_of_the_stream_is_a_permutation(num_samples, epoch, seed):
-    order = sft.stream_order(num_samples, epoch * num_samples, (epoch + 1) * num_samples, seed)
-    assert sorted(order) == list(range(num_samples))
-
-
-def test_epochs_and_seeds_shuffle_differently_and_leave_the_global_generator_alone():
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    epochs = {tuple(sft.stream_order(50, 50 * e, 50 * e + 50, seed)) for e in range(4) for seed in range(4)}
-    assert len(epochs) == 16 and tuple(range(50)) not in epochs
-    assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("arguments", [(0, 0, 1, 0), (3, -1, 1, 0), (3, 2, 1, 0)])
-def test_a_stream_that_cannot_be_is_refused(arguments):
-    with pytest.raises(ValueError, match="stream_order: expected num_samples >= 1 and 0 <= start <= stop"):
-        sft.stream_order(*arguments)
-
-
 # -------------------------------------------------------------------------------------------------- tokenizer
+
 
 def folder_with(folder, raw=RAW, **files):
     raw.save(str(folder / "tokenizer.json"))
@@ -505,26 +581,38 @@ def test_encode_adds_what_tokenizer_json_adds_and_decode_drops_special_tokens(tm
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_template) == (BOS, EOS, None)
 
 
-@pytest.mark.parametrize(("config", "expected"), [
-    ({}, ids(BOS, "_Hi")), ({"add_bos_token": True}, ids(BOS, "_Hi")), ({"add_bos_token": False}, ids("_Hi")),
-    ({"add_eos_token": True}, ids("_Hi", EOS)),
-    ({"add_bos_token": True, "add_eos_token": True}, ids(BOS, "_Hi", EOS)),
-    ({"add_bos_token": True, "bos_token": None}, ids("_Hi")),
-])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, ids(BOS, "_Hi")),
+        ({"add_bos_token": True}, ids(BOS, "_Hi")),
+        ({"add_bos_token": False}, ids("_Hi")),
+        ({"add_eos_token": True}, ids("_Hi", EOS)),
+        ({"add_bos_token": True, "add_eos_token": True}, ids(BOS, "_Hi", EOS)),
+        ({"add_bos_token": True, "bos_token": None}, ids("_Hi")),
+    ],
+)
 def test_encode_follows_add_bos_token_and_add_eos_token(tmp_path, config, expected):
     tokenizer = TextTokenizer.from_pretrained(folder_with(tmp_path, tokenizer_config=NAMED | config))
     assert tokenizer.encode("Hi") == expected
 
 
-@pytest.mark.parametrize(("files", "bos_and_eos"), [
-    ({"tokenizer_config": {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>", "special": 1}}},
-     (BOS, EOS)),
-    ({"tokenizer_config": {"bos_token": None, "eos_token": "<|im_end|>"}, "config": {"bos_token_id": BOS}},
-     (None, 131)),
-    ({"config": {"bos_token_id": BOS, "eos_token_id": [134, EOS]}}, (BOS, 134)),
-    ({"config": {"bos_token_id": None, "eos_token_id": EOS}}, (None, EOS)),
-    ({}, (None, None)),
-])
+@pytest.mark.parametrize(
+    ("files", "bos_and_eos"),
+    [
+        (
+            {"tokenizer_config": {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>", "special": 1}}},
+            (BOS, EOS),
+        ),
+        (
+            {"tokenizer_config": {"bos_token": None, "eos_token": "<|im_end|>"}, "config": {"bos_token_id": BOS}},
+            (None, 131),
+        ),
+        ({"config": {"bos_token_id": BOS, "eos_token_id": [134, EOS]}}, (BOS, 134)),
+        ({"config": {"bos_token_id": None, "eos_token_id": EOS}}, (None, EOS)),
+        ({}, (None, None)),
+    ],
+)
 def test_bos_and_eos_come_from_the_tokenizers_config_else_from_the_models(tmp_path, files, bos_and_eos):
     tokenizer = TextTokenizer.from_pretrained(folder_with(tmp_path, **files))
     assert (tokenizer.bos_id, tokenizer.eos_id) == bos_and_eos
@@ -533,6 +621,7 @@ def test_bos_and_eos_come_from_the_tokenizers_config_else_from_the_models(tmp_pa
 def test_a_chat_template_comes_from_its_own_file_else_from_the_config(tmp_path):
     def found(**config):
         return TextTokenizer.from_pretrained(folder_with(tmp_path, tokenizer_config=config)).chat_template
+
     assert found(chat_template="one") == "one"
     named = [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]
     assert found(chat_template=named) == "three"
@@ -554,9 +643,11 @@ def test_an_unreadable_tokenizer_folder_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json: not a readable tokenizer.json"):
         TextTokenizer.from_pretrained(tmp_path)
-    for config, message in (({"eos_token": "<end>"}, "eos_token '<end>' is not in the vocabulary"),
-                            ({"bos_token": 5}, "bos_token 5 is not in the vocabulary"),
-                            ([], r"tokenizer_config.json: expected a JSON object, got a list")):
+    for config, message in (
+        ({"eos_token": "<end>"}, "eos_token '<end>' is not in the vocabulary"),
+        ({"bos_token": 5}, "bos_token 5 is not in the vocabulary"),
+        ([], r"tokenizer_config.json: expected a JSON object, got a list"),
+    ):
         with pytest.raises(ValueError, match=message):
             TextTokenizer.from_pretrained(folder_with(tmp_path, tokenizer_config=config))
     (tmp_path / "tokenizer_config.json").write_text("{")
@@ -569,10 +660,12 @@ def test_an_unreadable_tokenizer_folder_is_named(tmp_path):
 
 # --------------------------------------------------------------------------------------------------- download
 
+
 @pytest.mark.parametrize("name", ["gsm8k", "mathinstruct"])
 def test_a_download_without_a_network_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, name):
     def offline(*args, **kwargs):
         raise OSError("no\nnetwork")
+
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     monkeypatch.setattr("sys.argv", ["download", name, "--out", str(tmp_path)])

@@ -107,9 +107,7 @@ def test_high_thresholds_are_free_of_float_error(hundredths):
 
 
 def test_high_is_strictly_above_and_low_is_at_or_below():
-    thresholds = qtuning.Thresholds(
-        alpha=0.25, beta=0.25, ppl_low=2.0, ppl_high=4.0, ent_low=1.0, ent_high=3.0
-    )
+    thresholds = qtuning.Thresholds(alpha=0.25, beta=0.25, ppl_low=2.0, ppl_high=4.0, ent_low=1.0, ent_high=3.0)
     cases = [
         (4.1, 3.1, Quadrant.HARMFUL_NOISE),
         (4.0, 3.1, Quadrant.BETWEEN),
@@ -187,9 +185,7 @@ def test_the_sample_budget_is_the_floor_without_float_error(ratio, size, expecte
     assert int(qtuning.prune_samples(ppl, ppl.flip(0), ratio).keep.sum()) == expected
 
 
-@pytest.mark.parametrize(
-    ("ratio", "size", "smallest"), [(0.125, 7, 8), (0.29, 3, 4), (1 / 3, 2, 3), (0.01, 99, 100)]
-)
+@pytest.mark.parametrize(("ratio", "size", "smallest"), [(0.125, 7, 8), (0.29, 3, 4), (1 / 3, 2, 3), (0.01, 99, 100)])
 def test_a_batch_that_would_keep_nothing_is_refused_with_the_smallest_that_would_do(ratio, size, smallest):
     ppl = torch.arange(1.0, size + 1)
     with pytest.raises(ValueError, match=rf"\b{smallest}\b"):
@@ -204,9 +200,7 @@ def test_keeping_no_sample_at_all_is_refused():
 
 
 def test_supp_score_is_the_distance_of_the_normalised_axes():
-    close(
-        qtuning.supp_score(torch.tensor([1.0, 2, 3, 5]), torch.tensor([0.0, 1, 4, 2])), [0.0, 0.0, 0.5, 0.5]
-    )
+    close(qtuning.supp_score(torch.tensor([1.0, 2, 3, 5]), torch.tensor([0.0, 1, 4, 2])), [0.0, 0.0, 0.5, 0.5])
 
 
 def test_a_constant_axis_normalises_to_zero():

@@ -10,62 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small import FAMILIES, VOCAB, families, ids, lora_model, small_config, small_model
 
-from model import (
-    KVCache,
-    LoRALinear,
-    ModelConfig,
-    Transformer,
-    add_lora,
-    generate,
-    load_adapter,
-    rotary,
-    rotary_frequencies,
-    rotate,
-    save_adapter,
-)
+from model import Transformer, rotary, rotary_frequencies, rotate
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_MODELS = sorted(path.parent.name for path in GOLDEN.glob("*/golden.safetensors"))
-VOCAB = 31
-LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-FAMILIES = {
-    "llama": {},
-    "llama, linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    "llama3": {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-    "mistral": {"model_type": "mistral", "sliding_window": 3},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 6},
-}
-
-
-def small_config(**changes):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 40}
-    return ModelConfig(**{**sizes, **heads, **changes})
-
-
-def small_model(seed=0, **changes):
-    """Random weights large enough that attention and the norms matter."""
-    torch.manual_seed(seed)
-    model = Transformer(small_config(**changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
-    return model
-
-
-def lora_model(seed=0, rank=3, **changes):
-    model = add_lora(small_model(seed, **changes), rank, alpha=2 * rank)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoRALinear):
-                module.lora_B.normal_(std=0.3)
-    return model
-
-
-ids = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9)
-families = st.sampled_from(list(FAMILIES))
 
 
 # ------------------------------------------------------------------------------ against transformers' results
@@ -191,48 +141,6 @@ def test_linear_scaling_divides_positions_and_llama3_slows_only_long_waves():
     torch.testing.assert_close(ratio[3], torch.tensor(1 / 4))  # below low_freq_factor 1: slowed by the whole factor
 
 
-@given(families, ids)
-@settings(max_examples=20)
-def test_queries_and_keys_are_those_that_the_layer_attends_with(family, tokens):
-    model = small_model(**FAMILIES[family])
-    for layer in (0, -1):
-        attention, outputs = model.model["layers"][layer].self_attn, []
-        hook = attention.register_forward_hook(lambda module, inputs, output, outputs=outputs: outputs.append(output))
-        model(torch.tensor([tokens]))
-        hook.remove()
-        q, k, x = model.queries_and_keys(torch.tensor([tokens]), layer)
-        v = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-        distance = torch.arange(len(tokens))[:, None] - torch.arange(len(tokens))
-        hidden = (distance < 0) | (distance >= (model.config.sliding_window or len(tokens)))
-        weights = (q @ k.transpose(-1, -2) / attention.head_dim**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
-        expected = attention.o_proj((weights @ v).transpose(1, 2).flatten(2))
-        torch.testing.assert_close(outputs[0], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_activation_checkpointing_changes_no_gradient_and_keeps_less(family, lora):
-    input_ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-    gradients, kept = [], []
-    for on in (False, True):
-        model = lora_model(**FAMILIES[family]) if lora else small_model(**FAMILIES[family])
-        model.activation_checkpointing = on
-        bytes_kept = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, seen=bytes_kept: seen.append(t.nbytes) or t, lambda t: t
-        ):
-            hidden = model.hidden_states(input_ids)
-        hidden.square().sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-        kept.append(sum(bytes_kept))
-    assert gradients[0].keys() == gradients[1].keys()
-    assert len(gradients[0]) > 10
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
-    assert kept[1] < kept[0] / 2
-
-
 def test_position_ids_move_rotary_positions_and_default_to_the_row_order():
     model, tokens = small_model(), torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(model(tokens), model(tokens, torch.arange(4)[None]))
@@ -246,83 +154,6 @@ def test_bf16_weights_give_logits_near_fp32_ones():
     rough = model.to(torch.bfloat16)(tokens)
     assert rough.dtype == torch.bfloat16
     assert (rough.float() - exact).norm() / exact.norm() < 0.05
-
-
-# ------------------------------------------------------------------------------------------ generation
-
-
-def greedy_by_recomputation(model, prompt, steps, eos_ids=()):
-    row = list(prompt)
-    for _ in range(steps):
-        row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
-        if row[-1] in eos_ids:
-            break
-    return row[len(prompt) :]
-
-
-@given(
-    families,
-    st.one_of(st.just([]), ids),
-    st.lists(ids, min_size=1, max_size=5),
-    st.integers(1, 4),
-    st.sets(st.integers(0, VOCAB - 1), max_size=8),
-)
-@settings(max_examples=50)
-def test_cached_batched_generation_equals_recomputing_each_row_alone(family, beginning, ends, batch_size, eos_ids):
-    model, prompts = small_model(1, **FAMILIES[family]), [beginning + end for end in ends]
-    expected = [greedy_by_recomputation(model, prompt, 6, eos_ids) for prompt in prompts]
-    assert generate(model, prompts, 6, eos_ids=tuple(eos_ids), batch_size=batch_size) == expected
-
-
-def test_a_full_cache_refuses_the_next_token():
-    model = small_model()
-    cache = KVCache(model, rows=1, slots=3)
-    model.hidden_states(torch.tensor([[1, 2, 3]]), cache=cache)
-    with pytest.raises(ValueError, match="position 3 does not fit: the cache has 3 slots"):
-        model.hidden_states(torch.tensor([[4]]), torch.tensor([[3]]), cache)
-
-
-def test_generation_ends_at_the_configs_eos_and_where_stop_says():
-    prompt = [4, 8]
-    free = generate(small_model(1), [prompt], 8)[0]
-    assert len(free) == 8
-    eos = free[3]
-    ended = generate(small_model(1, eos_token_ids=(eos,)), [prompt], 8)[0]
-    assert ended == free[: free.index(eos) + 1]
-    assert generate(small_model(1), [prompt], 8, stop=lambda new: len(new) == 5)[0] == free[:5]
-
-
-def test_sampling_follows_its_generator_and_zero_temperature_is_greedy():
-    model = small_model(1)
-
-    def draw(seed, temperature):
-        return generate(model, [[1, 2]], 12, temperature=temperature, generators=[torch.Generator().manual_seed(seed)])
-
-    assert draw(0, 2.0) == draw(0, 2.0)
-    assert draw(0, 2.0) != draw(1, 2.0)
-    assert draw(0, 1e-4) == draw(1, 0.0)
-
-
-def test_what_a_prompt_draws_does_not_depend_on_its_neighbours():
-    model, prompts = small_model(1, eos_token_ids=(3,)), [[1, 2], [4, 5, 6], [7], [4, 5, 6]]
-
-    def draw(prompts, seeds, batch_size):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return generate(model, prompts, 12, temperature=2.0, generators=generators, batch_size=batch_size)
-
-    alone = [draw([prompt], [seed], 1)[0] for seed, prompt in enumerate(prompts)]
-    assert len(set(map(len, alone))) > 1  # rows leave the batch at different times
-    assert alone[1] != alone[3]
-    assert [draw(prompts, range(4), batch_size) for batch_size in (1, 3, 4)] == [alone] * 3
-
-
-def test_generation_refuses_an_empty_prompt_and_one_that_would_leave_the_context():
-    model = small_model()
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
-        generate(model, [[1], []], 3)
-    with pytest.raises(ValueError, match=r"prompt 0 has 38 tokens.*max_new_tokens 3.*max_position_embeddings 40"):
-        generate(model, [[1] * 38], 3)
-    assert len(generate(model, [[1] * 38], 2)[0]) == 2
 
 
 # ----------------------------------------------------------------------------------------- checkpoints
@@ -505,63 +336,3 @@ def test_what_config_json_asks_for_and_we_lack_is_refused_by_key_and_value(tmp_p
     change_config(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         Transformer.from_pretrained(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------ LoRA
-
-
-def test_fresh_lora_changes_no_logit_and_trains_only_its_own_weights():
-    model, tokens = small_model(), torch.tensor([[1, 2, 3, 4]])
-    before = model(tokens)
-    add_lora(model, rank=2, alpha=4)
-    assert torch.equal(model(tokens), before)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 2 * 7 * model.config.num_hidden_layers
-    assert all("lora_" in name for name in trained)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_merging_lora_gives_the_same_logits(tmp_path, family):
-    model, tokens = lora_model(**FAMILIES[family]), torch.tensor([[1, 2, 3, 4]])
-    model.save_pretrained(tmp_path)
-    merged = Transformer.from_pretrained(tmp_path)
-    torch.testing.assert_close(merged(tokens), model(tokens), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(merged(tokens), small_model(**FAMILIES[family])(tokens), atol=1e-2)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_saved_and_loaded_onto_the_base_gives_the_same_logits(tmp_path, family):
-    model, tokens = lora_model(**FAMILIES[family]), torch.tensor([[1, 2, 3, 4]])
-    save_adapter(model, tmp_path)
-    assert torch.equal(load_adapter(small_model(**FAMILIES[family]), tmp_path)(tokens), model(tokens))
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 6)
-
-
-def test_adapters_are_fp32_on_a_bf16_base():
-    model = add_lora(small_model().to(torch.bfloat16), rank=2, alpha=4)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
-
-
-def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path):
-    save_adapter(lora_model(), tmp_path)
-    whole = json.loads((tmp_path / "adapter_config.json").read_text())
-
-    def refuse(message, **changes):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({**whole, **changes}))
-        with pytest.raises(ValueError, match=message):
-            load_adapter(small_model(), tmp_path)
-
-    refuse("use_dora = True is not implemented", use_dora=True)
-    refuse("lora_alpha must be a number, got None", lora_alpha=None)
-    refuse("target_modules must be a list", target_modules="all-linear")
-    refuse("LoRA targets must be among .* got embed_tokens", target_modules=["embed_tokens"])
-    refuse("lora_A.weight' must have shape", r=2)
-    refuse("is unexpected", target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="has LoRA layers already"):
-        add_lora(lora_model(), 2, 4)
-    with pytest.raises(ValueError, match="no LoRA layers to save"):
-        save_adapter(small_model(), tmp_path)
-    with pytest.raises(ValueError, match="rank must be at least 1"):
-        add_lora(small_model(), 0, 1)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from test_model import FAMILIES, lora_model, small_model
+from small import FAMILIES, lora_model, small_model
 
-from model import LoRALinear, Transformer, add_lora, generate, load_adapter, save_adapter
+from eval.generation import generate
+from model import Transformer
+from training.lora import LoRALinear, add_lora, load_adapter, save_adapter
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers peft (the parity extra)")
 peft = pytest.importorskip("peft", reason="pip install transformers peft (the parity extra)")

@@ -93,9 +93,7 @@ def test_keeping_all_keeps_every_sample(plane):
 def test_kept_is_q2_and_q4_and_what_backfill_adds(drawn):
     plane, ratio = drawn
     pruning = qtuning.prune_samples(*plane, float(ratio))
-    corner = (pruning.quadrant == Quadrant.VALUABLE_MISCONCEPTION) | (
-        pruning.quadrant == Quadrant.CALIBRATION_DATA
-    )
+    corner = (pruning.quadrant == Quadrant.VALUABLE_MISCONCEPTION) | (pruning.quadrant == Quadrant.CALIBRATION_DATA)
     assert torch.equal(pruning.keep, corner | pruning.backfilled)
     assert not bool((corner & pruning.backfilled).any())
 
@@ -217,9 +215,7 @@ def test_token_masks_are_the_twins(rows, ratio, smoothing, reverse):
     token_ppl, mask = rows
     kept = qtuning.prune_tokens(token_ppl, mask, float(ratio), smoothing, reverse=reverse)
     for x, row in enumerate(mask.tolist()):
-        assert kept[x].tolist() == twin.prune_tokens(
-            token_ppl[x].tolist(), row, float(ratio), smoothing, reverse
-        )
+        assert kept[x].tolist() == twin.prune_tokens(token_ppl[x].tolist(), row, float(ratio), smoothing, reverse)
 
 
 @given(token_rows(), keep_ratios(), smoothings, st.booleans())
@@ -254,9 +250,7 @@ def test_reversing_a_sequence_reverses_its_scores(rows, smoothing):
 def test_reversing_a_tie_free_sequence_reverses_its_mask(rows, ratio, smoothing, reverse):
     token_ppl, mask = rows
     kept = qtuning.prune_tokens(token_ppl, mask, float(ratio), smoothing, reverse=reverse)
-    kept_reversed = qtuning.prune_tokens(
-        token_ppl.flip(1), mask.flip(1), float(ratio), smoothing, reverse=reverse
-    )
+    kept_reversed = qtuning.prune_tokens(token_ppl.flip(1), mask.flip(1), float(ratio), smoothing, reverse=reverse)
     score = qtuning.smoothed_token_score(token_ppl, mask, smoothing)
     for x in range(len(mask)):
         if len(set(score[x][mask[x]].tolist())) == int(mask[x].sum()):
@@ -367,9 +361,7 @@ def test_inputs_stay_as_they_are_and_the_same_inputs_give_the_same_result(drawn,
 def test_upper_and_max_iters_reach_the_search(drawn, upper, max_iters):
     batch, *ratios = drawn
     pruned = qtuning.prune_batch(*batch, *map(float, ratios), upper=upper, max_iters=max_iters)
-    samples = qtuning.prune_samples(
-        pruned.ppl, pruned.ent, float(ratios[0]), upper=upper, max_iters=max_iters
-    )
+    samples = qtuning.prune_samples(pruned.ppl, pruned.ent, float(ratios[0]), upper=upper, max_iters=max_iters)
     assert pruned.samples.thresholds == samples.thresholds
     assert_same_samples(pruned.samples, samples)
 
@@ -385,16 +377,9 @@ def test_the_perplexity_of_a_constant_loss_does_not_depend_on_its_length(nll, da
 @given(token_batches())
 def test_perplexity_and_entropy_are_the_twins(batch):
     nll, token_entropy, mask = batch
-    ppl = [
-        twin.sample_perplexity(row, answer) for row, answer in zip(nll.tolist(), mask.tolist(), strict=True)
-    ]
-    ent = [
-        twin.sample_entropy(row, answer)
-        for row, answer in zip(token_entropy.tolist(), mask.tolist(), strict=True)
-    ]
-    torch.testing.assert_close(
-        qtuning.sample_perplexity(nll, mask), tensor(ppl), rtol=1e-5, atol=0, check_dtype=False
-    )
+    ppl = [twin.sample_perplexity(row, answer) for row, answer in zip(nll.tolist(), mask.tolist(), strict=True)]
+    ent = [twin.sample_entropy(row, answer) for row, answer in zip(token_entropy.tolist(), mask.tolist(), strict=True)]
+    torch.testing.assert_close(qtuning.sample_perplexity(nll, mask), tensor(ppl), rtol=1e-5, atol=0, check_dtype=False)
     torch.testing.assert_close(
         qtuning.sample_entropy(token_entropy, mask), tensor(ent), rtol=1e-5, atol=1e-7, check_dtype=False
     )
@@ -411,9 +396,7 @@ def logits_and_labels(draw, max_rows=4, max_columns=6, max_vocabulary=9):
     seed, scale = draw(st.integers(0, 2**31)), draw(st.sampled_from([0.0, 0.1, 1.0, 10.0, 100.0]))
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(rows, columns, vocabulary, generator=generator)
-    labels = st.lists(
-        st.one_of(st.integers(0, vocabulary - 1), st.just(-100)), min_size=columns, max_size=columns
-    )
+    labels = st.lists(st.one_of(st.integers(0, vocabulary - 1), st.just(-100)), min_size=columns, max_size=columns)
     labels = draw(st.lists(labels.filter(lambda row: row != [-100] * columns), min_size=rows, max_size=rows))
     return logits, torch.tensor(labels)
 
@@ -434,11 +417,7 @@ def test_nll_and_entropy_are_the_twins(drawn):
     nll, entropy = qtuning.token_nll_and_entropy(logits, labels)
     for x, row in enumerate(labels.tolist()):
         for position, label in enumerate(row):
-            expected = (
-                (0.0, 0.0)
-                if label == -100
-                else twin.token_nll_and_entropy(logits[x, position].tolist(), label)
-            )
+            expected = (0.0, 0.0) if label == -100 else twin.token_nll_and_entropy(logits[x, position].tolist(), label)
             actual = (float(nll[x, position]), float(entropy[x, position]))
             assert actual == pytest.approx(expected, rel=1e-5, abs=1e-4)
 

@@ -1,4 +1,4 @@
-"""score_rows.py: what it writes is what the model says, resumes, and is refused where it does not fit."""
+"""pruners/score_rows.py: it writes the model's values, continues after a cut, and refuses what does not fit."""
 
 import dataclasses
 import json
@@ -8,14 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import passes
-import score_rows
-from baselines import received_attention, sparsevlm_text_score
 from data.sft import load_samples
 from data.tokenizer import TextTokenizer
 from model import Transformer
-from passes import attention_score
-from score_rows import decode_vector, encode_vector, read_side_file
+from pruners import score_rows
+from pruners.side_files import decode_vector, encode_vector, read_side_file
+from training.scoring import score
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def refused(capsys, *argv):
         write(*argv)
     assert stopped.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("score_rows.py: ")
+    assert line.startswith("pruners.score_rows: ")
     return line
 
 
@@ -53,7 +51,7 @@ def test_nll_is_that_of_every_answer_token_and_read_back_exactly(checkpoint, row
     assert list(found) == [sample.id for sample in samples]
     for sample in samples[:5]:
         torch.testing.assert_close(found[sample.id], row_nll(model, sample), rtol=1e-4, atol=1e-5)
-    nll, _, mask = passes.score(model, samples, 4096, nullcontext())
+    nll, _, mask = score(model, samples, 4096, nullcontext())
     assert torch.equal(found[samples[0].id].float(), nll[0][mask[0]])
 
 
@@ -99,30 +97,7 @@ def test_a_rating_is_the_digit_expected_behind_the_rendered_question(
     assert len(question.prompt(messages, 20)) == 20
 
 
-def test_attention_scores_of_a_batch_are_those_of_each_row_alone_and_stand_at_its_labels(model, samples):
-    some = [
-        samples[0],
-        dataclasses.replace(samples[1], input_ids=samples[1].input_ids[:9], labels=samples[1].labels[:9]),
-    ]
-    some[1].labels[8] = some[1].input_ids[8]
-    for name in ("fastv", "sparsevlm-text"):
-        table = attention_score(model, some, name, 4096, nullcontext())
-        for row, sample in enumerate(some):
-            ids = torch.tensor([sample.input_ids])
-            answer = torch.tensor([sample.labels]) != -100
-            every = torch.ones_like(answer)
-            with torch.no_grad():
-                q, k, hidden = model.queries_and_keys(ids)
-            if name == "fastv":
-                whole = received_attention(q, k, every)
-            else:
-                whole = sparsevlm_text_score(q, k, hidden, every, answer)
-            width = len(sample.input_ids) - 1
-            torch.testing.assert_close(table[row, :width], whole[0, 1:], rtol=1e-3, atol=1e-5)
-            assert (table[row, width:] == 0).all()
-
-
-def test_a_cut_file_is_gone_on_with_and_ends_like_one_that_was_not_cut(checkpoint, rows, tmp_path, monkeypatch):
+def test_a_file_that_was_cut_is_continued_and_ends_like_one_that_was_not(checkpoint, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(score_rows, "CHUNK", 8)
     write("base_nll", checkpoint, rows, tmp_path / "whole")
     whole = (tmp_path / "whole" / "base_nll.jsonl").read_text()
@@ -143,17 +118,6 @@ def test_a_side_file_made_with_other_settings_or_elsewhere_is_not_added_to(check
     assert "was made with max_length 2048, got 30" in message
     (tmp_path / "rating.jsonl").write_text('{"id": "r0", "rating": 4.5}\n')
     assert "was not made here" in refused(capsys, "rating", checkpoint, rows, tmp_path)
-
-
-def test_a_side_file_is_refused_by_file_and_line(tmp_path):
-    (tmp_path / "rating.jsonl").write_text('{"id": "r0", "rating": 4.5}\n{"id": "r1"}\n')
-    with pytest.raises(ValueError, match=r"rating\.jsonl:2: expected an object with 'id' and 'rating', got"):
-        read_side_file(tmp_path, "rating")
-    (tmp_path / "rating.jsonl").write_text('{"id": "r0", "rating": "good"}\n')
-    with pytest.raises(ValueError, match=r"rating\.jsonl:1"):
-        read_side_file(tmp_path, "rating")
-    with pytest.raises(FileNotFoundError, match=r"`python score_rows\.py quality` writes it"):
-        read_side_file(tmp_path, "quality")
 
 
 def test_two_rows_of_one_id_cannot_be_scored(checkpoint, rows, tmp_path, capsys):

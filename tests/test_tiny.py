@@ -65,7 +65,7 @@ def true_answers(world):
 
 
 def solve(question, unit_size):
-    """The answer to a word problem, worked out from its sentences anew, by no code of make.py."""
+    """The answer to a word problem, worked out from its sentences, without the code of make.py."""
     a, *rest = numbers = [int(x) for x in re.findall(r"\d+", question)]
     unit = re.search(rf"({'|'.join(unit_size)})s of", question)
     if unit:

@@ -2,7 +2,7 @@
 
 The tests hold `qtuning.py` against this file; hold this file against the paper. It knows no tensors: lists,
 loops and exact fractions, so that no rounding hides in it (but that of exp and log), written from the paper
-and not from `qtuning.py`. Where the paper is silent the choices (C1 ... C15) are those of the README's table.
+and not from `qtuning.py`. Where the paper is silent the choices (C1 ... C15) are those of docs/CHOICES.md.
 The functions stand in the order of Algorithm 1, and `line 5` in a comment is its line 5. Slow on purpose;
 wrong input is not its business, but for a budget of no sample (C14).
 """
@@ -11,9 +11,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-BETWEEN, Q1, Q2, Q3, Q4 = range(
-    5
-)  # Q1 harmful noise, Q2 valuable misconception, Q3 redundant, Q4 calibration
+BETWEEN, Q1, Q2, Q3, Q4 = range(5)  # Q1 harmful noise, Q2 valuable misconception, Q3 redundant, Q4 calibration
 
 
 def fraction_meant(ratio):
@@ -73,9 +71,7 @@ class Thresholds:
 def thresholds_at(ppl, ent, alpha, beta):
     """Line 8."""
     a, b = fraction_meant(alpha), fraction_meant(beta)
-    return Thresholds(
-        alpha, beta, quantile(ppl, a), quantile(ppl, 1 - a), quantile(ent, b), quantile(ent, 1 - b)
-    )
+    return Thresholds(alpha, beta, quantile(ppl, a), quantile(ppl, 1 - a), quantile(ent, b), quantile(ent, 1 - b))
 
 
 def quadrant_of(ppl, ent, thresholds):

@@ -25,6 +25,32 @@ def read_json(path: str | Path) -> object:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_jsonl(path: str | Path, growing: bool = False) -> list:
+    """The parsed value of each line of a .jsonl file.
+
+    Args:
+        growing: the file is still being written; a last line without its end is left out.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not valid JSON. Both name the file, the second the line too.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid UTF-8 ({error})") from None
+    if growing or not lines[-1]:
+        lines.pop()
+    values = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
+    return values
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     aside = Path(f"{path}.tmp")

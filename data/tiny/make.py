@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, wherever this is run from
+if __name__ == "__main__":  # the repository root, wherever this is run from
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from model import ModelConfig, Transformer
 
 HERE = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""The compared pruners: budgets, weights and scores that each one promises."""
+"""The families of pruners/: budgets, weights and scores that each method promises."""
 
 import math
 
@@ -8,37 +8,22 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import keep_ratios, token_batches
 
-import baselines
 import qtuning
-from baselines import (
-    adam_direction,
+from pruners.attention import fastv_tokens, sparsevlm_text_tokens
+from pruners.deita import centred_units, deita_rows
+from pruners.ds2 import curate_labels, ds2_rows, merge_rare_classes, nearest_neighbours, transition_matrix
+from pruners.infobatch import infobatch_weights
+from pruners.less import adam_direction, count_sketch, influence
+from pruners.samples import (
     alpagasus_rows,
-    attention_maps,
-    centred_units,
-    count_sketch,
-    curate_labels,
-    deita_rows,
     drop_longest_rows,
-    ds2_rows,
     entropy_samples,
-    fastv_tokens,
-    highest_ppl_tokens,
-    influence,
-    infobatch_official_weights,
-    infobatch_weights,
+    every_sample,
     longest_rows,
-    lowest_ppl_tokens,
-    merge_rare_classes,
-    nearest_neighbours,
-    received_attention,
-    rho1_tokens,
-    sparsevlm_text_score,
-    sparsevlm_text_tokens,
-    tokencleaning_global_tokens,
-    tokencleaning_tokens,
+    random_samples,
     top_rows,
-    transition_matrix,
 )
+from pruners.tokens import highest_ppl_tokens, lowest_ppl_tokens, random_tokens, rho1_tokens, tokencleaning_tokens
 
 
 def generator(seed=0):
@@ -83,6 +68,24 @@ def test_entropy_keeps_the_budget_of_highest_entropy_and_trims_all_of_it(values,
         assert ent[chosen.keep].min() >= ent[~chosen.keep].max()
 
 
+@given(st.integers(1, 20), st.floats(0, 1), st.integers(0, 5))
+def test_random_samples_keep_exactly_the_budget_and_follow_their_generator(num, ratio, seed):
+    assume(math.floor(ratio * num + 1e-9) >= 1)
+    chosen = random_samples(num, ratio, generator(seed))
+    assert chosen.keep.sum() == qtuning.num_samples_to_keep(ratio, num)
+    assert torch.equal(chosen.keep, random_samples(num, ratio, generator(seed)).keep)
+    assert torch.equal(chosen.prune_tokens, chosen.keep)
+
+
+@given(st.integers(1, 12), st.lists(st.booleans(), min_size=1, max_size=12))
+def test_a_decision_without_the_plane_keeps_and_trims_what_it_is_given(num, keep):
+    assert every_sample(num).keep.tolist() == every_sample(num).prune_tokens.tolist() == [True] * num
+    chosen = every_sample(len(keep), torch.tensor(keep))
+    assert chosen.keep.tolist() == chosen.prune_tokens.tolist() == keep
+    assert chosen.quadrant.tolist() == [qtuning.Quadrant.BETWEEN] * len(keep)
+    assert not chosen.backfilled.any() and chosen.thresholds is None
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_score_that_is_no_number_is_refused_by_row(value):
     with pytest.raises(ValueError, match="row 1: score must be finite"):
@@ -106,7 +109,7 @@ def test_infobatch_keeps_exactly_the_budget_and_its_weights_stand_for_every_row(
     assert weights.sum() == pytest.approx(num_keep)  # mean 1 over the kept: raw weights sum to N
     high = row_loss >= row_loss.double().mean()
     if num_keep > 1 and high.any() and not high.all():
-        for stratum in (high, ~high):  # each stratum is represented, and stands for as many rows as it has
+        for stratum in (high, ~high):  # each stratum is drawn from, and its weights sum to its rows
             assert (weights[stratum] > 0).any()
             assert weights[stratum].sum() * len(losses) / num_keep == pytest.approx(int(stratum.sum()))
             assert len(weights[stratum & (weights > 0)].unique()) == 1
@@ -147,27 +150,6 @@ def test_infobatch_is_unbiased_reaches_every_row_and_prefers_high_losses():
     assert drawn[high].mean() / drawn[~high].mean() == pytest.approx(2, abs=0.35)  # the odds, to whole rows
 
 
-@given(st.lists(st.integers(0, 9).map(float), min_size=1, max_size=40))
-def test_official_infobatch_keeps_all_high_rows_and_half_of_the_low_ones(losses):
-    row_loss = torch.tensor(losses)
-    weights = infobatch_official_weights(row_loss, generator())
-    high = row_loss >= row_loss.double().mean()
-    num_low = int((~high).sum())
-    kept_low = max(1, num_low // 2) if num_low else 0
-    assert (weights[high] > 0).all()
-    assert int((weights > 0).sum()) == int(high.sum()) + kept_low
-    assert weights.sum() == pytest.approx(int((weights > 0).sum()))
-    if kept_low:
-        low = weights[~high & (weights > 0)]
-        assert (low / weights[high].max()).tolist() == pytest.approx([num_low / kept_low] * kept_low)
-
-
-def test_official_infobatch_starts_and_ends_with_whole_epochs():
-    assert (infobatch_official_weights(torch.zeros(5), generator()) == 1).all()
-    assert [baselines.infobatch_anneals(epoch, 3) for epoch in range(3)] == [False, False, True]
-    assert [baselines.infobatch_anneals(epoch, 8) for epoch in range(8)] == [False] * 7 + [True]
-
-
 # --------------------------------------------------------------------------------------- DEITA and DS2
 
 
@@ -177,17 +159,19 @@ def test_deita_takes_the_best_rows_that_are_unlike_each_other_and_then_the_best_
     num_keep = data.draw(st.integers(1, num))
     embedding, score = normal(num, 3, seed=seed), normal(num, seed=seed + 1).exp()
     embedding[num // 2] = embedding[0]  # one row twice
-    rows, own = deita_rows(score, torch.ones(num), embedding, num_keep, threshold=threshold)
-    rows = rows.tolist()
+    rows = deita_rows(score, torch.ones(num), embedding, num_keep, threshold=threshold).tolist()
     assert len(set(rows)) == len(rows) == num_keep
     unit = centred_units(embedding)
     likeness = unit @ unit.T
+    like_one_before = [
+        place for place in range(num_keep) if any(likeness[rows[place], rows[:place]] > threshold + 1e-6)
+    ]
+    own = min(like_one_before, default=num_keep)  # from there on, rows that fill the budget
     taken = rows[:own]
-    assert all(likeness[a, b] <= threshold + 1e-6 for a in taken for b in taken if a != b)
     assert score[taken].tolist() == sorted(score[taken].tolist(), reverse=True)
     assert score[rows[own:]].tolist() == sorted(score[rows[own:]].tolist(), reverse=True)
     worst = score[taken[-1]] if own == num_keep else -1
-    for row in range(num):  # who was passed over has a better row of its kind among the taken
+    for row in range(num):  # a row that is passed over has a better one of its kind among the taken
         if row not in taken and score[row] > worst:
             assert any(likeness[row, t] > threshold - 1e-6 and score[t] >= score[row] for t in taken)
 
@@ -195,10 +179,8 @@ def test_deita_takes_the_best_rows_that_are_unlike_each_other_and_then_the_best_
 def test_deita_takes_a_row_that_stands_twice_once_unless_the_budget_asks_for_more():
     embedding = torch.eye(3)[[0, 0, 1, 2]]
     quality = torch.tensor([6.0, 5.0, 4.0, 3.0])
-    rows, own = deita_rows(torch.ones(4), quality, embedding, 3)
-    assert (rows.tolist(), own) == ([0, 2, 3], 3)
-    rows, own = deita_rows(torch.ones(4), quality, embedding, 4)
-    assert (rows.tolist(), own) == ([0, 2, 3, 1], 3)
+    assert deita_rows(torch.ones(4), quality, embedding, 3).tolist() == [0, 2, 3]
+    assert deita_rows(torch.ones(4), quality, embedding, 4).tolist() == [0, 2, 3, 1]
 
 
 def noisy_clusters(num, noise, seed=0):
@@ -254,7 +236,7 @@ def test_where_raters_never_err_no_rating_is_mended_whatever_the_neighbours_say(
     assert torch.equal(mended, rated)
 
 
-def test_rows_stand_once_for_a_copied_data_set_would_hide_all_noise():
+def test_a_data_set_that_holds_every_row_twice_would_hide_all_noise():
     _, rated, embedding = noisy_clusters(600, 0.3)
     alone, _ = transition_matrix(rated, nearest_neighbours(embedding, 2)[0], 3, steps=500)
     assert alone.diagonal().mean() < 0.8
@@ -372,6 +354,31 @@ def test_padding_and_the_order_of_the_batch_change_no_tokens(batch, ratio, name,
     assert torch.equal(pruner(*wider, torch.nn.functional.pad(mask, (0, 3)), float(ratio))[:, :-3], kept)
 
 
+@given(st.integers(1, 20), st.floats(0, 1), st.integers(0, 5))
+def test_random_tokens_keep_exactly_the_budget_and_a_rows_draw_depends_on_its_generator_alone(num, ratio, seed):
+    def draw(mask, first):
+        return random_tokens(mask, ratio, [generator(seed + row) for row in range(first, first + len(mask))])
+
+    mask = torch.rand(3, num, generator=generator(seed)) < 0.7
+    mask[:, 0] = True
+    tokens = draw(mask, 0)
+    assert torch.equal(tokens, draw(mask, 0))
+    assert not (tokens & ~mask).any()
+    assert tokens.sum(-1).tolist() == [qtuning.num_tokens_to_keep(ratio, n) for n in mask.sum(-1).tolist()]
+    wider = torch.nn.functional.pad(mask, (0, 30))
+    for row in range(3):
+        assert torch.equal(draw(mask[row : row + 1], row)[0], tokens[row])
+    assert torch.equal(draw(wider, 0)[:, :num], tokens)
+
+
+def test_random_tokens_are_uniform_over_the_answer():
+    mask = torch.tensor([[False, True, True, True, True, False]])
+    draws = torch.stack([random_tokens(mask, 0.5, [generator(seed)])[0] for seed in range(2000)])
+    share = draws.float().mean(0)
+    assert share[[0, 5]].tolist() == [0, 0]
+    assert (share[1:5] - 0.5).abs().max() < 0.05
+
+
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.integers(0, n))))
 def test_the_low_and_the_high_share_of_perplexities_make_up_the_answer(case):
     order, num_low = case
@@ -390,101 +397,3 @@ def test_rho1_of_the_base_model_is_tokencleaning_within_rows_and_of_the_referenc
     assert torch.equal(first, tokencleaning_tokens(nll, reference, mask, float(ratio)))
     flat = rho1_tokens(nll, nll, mask, float(ratio))
     assert torch.equal(flat, qtuning.keep_lowest(torch.zeros_like(nll), mask, float(ratio)))
-
-
-@given(token_batches(), keep_ratios())
-def test_global_tokencleaning_keeps_exactly_the_share_of_all_tokens_those_that_fell_most(batch, ratio):
-    nll, reference, mask = batch
-    base, reference = nll[mask], reference[mask]
-    kept = tokencleaning_global_tokens(base, reference, float(ratio))
-    assert int(kept.sum()) == max(1, math.floor(ratio * len(base)))
-    if not kept.all():
-        assert (base - reference)[kept].min() >= (base - reference)[~kept].max()
-
-
-# ------------------------------------------------------------------------------ attention and hidden states
-
-
-@st.composite
-def layers(draw):
-    """(queries, keys, hidden, attended, answer) of rows of unlike length: prompts first, answers to the end."""
-    rows, length = draw(st.integers(1, 3)), draw(st.integers(3, 9))
-    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 2)]))
-    seed = draw(st.integers(0, 1000))
-    lengths = torch.tensor(draw(st.lists(st.integers(3, length), min_size=rows, max_size=rows)))
-    prompts = torch.tensor([draw(st.integers(1, int(n) - 1)) for n in lengths])
-    places = torch.arange(length)
-    attended = places < lengths[:, None]
-    queries, keys = (
-        normal(rows, kv_heads * group, length, 4, seed=seed),
-        normal(rows, kv_heads, length, 4, seed=seed + 1),
-    )
-    return queries, keys, normal(rows, length, 6, seed=seed + 2), attended, attended & (places >= prompts[:, None])
-
-
-@given(layers())
-def test_attention_a_head_at_a_time_is_the_attention_of_all_heads(layer):
-    queries, keys, *_ = layer
-    heads, length = queries.shape[1:3]
-    values = torch.eye(length).expand(len(queries), keys.shape[1], length, length)
-    whole = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-    assert len(list(attention_maps(queries, keys))) == heads
-    for head, each in enumerate(attention_maps(queries, keys)):
-        torch.testing.assert_close(each, whole[:, head])
-
-
-@given(layers())
-def test_received_attention_sums_to_one_over_the_row_and_is_zero_on_padding(layer):
-    queries, keys, _, attended, _ = layer
-    received = received_attention(queries, keys, attended)
-    torch.testing.assert_close(received.sum(-1), torch.ones(len(received)))
-    assert (received[~attended] == 0).all() and (received[attended] > 0).all()
-
-
-@given(layers(), st.integers(1, 4))
-def test_more_padding_changes_neither_received_attention_nor_the_sparsevlm_score(layer, extra):
-    def padded(x, at):
-        junk = 7 * normal(*x.shape[:at], extra, *x.shape[at + 1 :], seed=9)
-        return torch.cat([x, junk if x.is_floating_point() else torch.zeros(junk.shape, dtype=torch.bool)], dim=at)
-
-    wide = [padded(x, at) for x, at in zip(layer, (2, 2, 1, 1, 1), strict=True)]
-    for score in (lambda q, k, h, seen, answer: received_attention(q, k, seen), sparsevlm_text_score):
-        torch.testing.assert_close(score(*wide)[:, :-extra], score(*layer), rtol=1e-4, atol=1e-5)
-        assert (score(*wide)[:, -extra:] == 0).all()
-
-
-@given(layers())
-def test_the_sparsevlm_score_is_standardised_over_the_answer_and_does_not_count_heads(layer):
-    queries, keys, hidden, attended, answer = layer
-    score = sparsevlm_text_score(*layer)
-    assert score.isfinite().all() and (score[~answer] == 0).all()
-    assert (score.sum(-1).abs() < 1e-3).all()
-    assert (score.square().sum(-1) / answer.sum(-1) < 1.001).all()  # the mean of two standardised scores
-    twice = sparsevlm_text_score(queries.repeat(1, 2, 1, 1), keys.repeat(1, 2, 1, 1), hidden, attended, answer)
-    torch.testing.assert_close(twice, score, rtol=1e-3, atol=1e-4)
-
-
-def test_sparsevlm_prefers_the_answer_token_that_reads_and_resembles_the_part_of_the_prompt_that_it_is_about():
-    # tokens: first, a rater, an unrelated prompt token; then an answer: like the rater, like the unrelated one, neither
-    hidden = torch.tensor([[[0.0, 0, 0], [6, 0, 0], [0, 1, 0], [6, 0, 0], [0, 1, 0], [0, 0, 1]]])
-    attended = torch.ones(1, 6, dtype=torch.bool)
-    answer = torch.tensor([[False, False, False, True, True, True]])
-    score = sparsevlm_text_score(hidden[:, None], hidden[:, None], hidden, attended, answer)
-    assert score[0].argmax() == 3
-    assert torch.equal(sparsevlm_text_tokens(score, answer, 0.4)[0].nonzero()[:, 0], torch.tensor([3]))
-
-
-def test_among_like_answer_tokens_sparsevlm_prefers_those_that_attend_most_to_the_prompt():
-    queries, keys, hidden = normal(1, 2, 7, 4), normal(1, 1, 7, 4, seed=1), normal(1, 7, 6, seed=2)
-    hidden[0, 2:] = hidden[0, 2]  # tokens 0 and 1 are the prompt: the guide is token 1
-    answer = torch.arange(7)[None] >= 2
-    score = sparsevlm_text_score(queries, keys, hidden, torch.ones_like(answer), answer)
-    reading = sum(A[0, 2:, 1] for A in attention_maps(queries, keys))
-    assert torch.equal(score[0, 2:].argsort(), reading.argsort())
-
-
-def test_an_answer_without_a_prompt_scores_flat():
-    attended = torch.ones(1, 4, dtype=torch.bool)
-    answer = torch.tensor([[False, True, True, True]])  # the first token alone is no guide
-    score = sparsevlm_text_score(normal(1, 2, 4, 4), normal(1, 2, 4, 4), normal(1, 4, 6), attended, answer)
-    assert (score == 0).all()
