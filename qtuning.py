@@ -46,6 +46,7 @@ class Quadrant(IntEnum):
 
 KEEP_QUADRANTS = (Quadrant.VALUABLE_MISCONCEPTION, Quadrant.CALIBRATION_DATA)  # the method's: Algorithm 1 line 17
 TRIM_QUADRANTS = (Quadrant.VALUABLE_MISCONCEPTION,)  # line 27
+BACKFILL_QUADRANTS = tuple(Quadrant)  # line 19, as choice C7 reads it
 
 
 # ----------------------------------------------------------- Sec. 3.1: the Error-Uncertainty plane
@@ -262,6 +263,7 @@ def prune_samples(
     max_iters: int = 20,
     keep_quadrants: Collection[Quadrant] = KEEP_QUADRANTS,
     trim_quadrants: Collection[Quadrant] = TRIM_QUADRANTS,
+    backfill_quadrants: Collection[Quadrant] = BACKFILL_QUADRANTS,
 ) -> SamplePruning:
     """Stage 1: keep Q2 and Q4, fill up to the budget by the supp-score. Algorithm 1 lines 5-21.
 
@@ -271,15 +273,20 @@ def prune_samples(
         upper, max_iters:  of the bisect search.
         keep_quadrants:    whose samples are kept, not empty; the ablations of Tables 4 and 15 keep others.
         trim_quadrants:    whose kept samples lose tokens in stage 2; may be empty.
+        backfill_quadrants: where the budget is filled up from first, BETWEEN included, not empty. If they hold too few
+            samples, the others follow by the same score. Beyond the paper: without HARMFUL_NOISE, the backfill
+            does not bring back what Q1 has dropped.
     Raises:
         ValueError: shapes differ; a NaN or infinite value; a ratio outside [0, 1] or too small to keep one;
-            quadrants other than Q1 to Q4.
+            values that are no quadrants.
     Choices C6: the budget is met exactly. C7: every sample not kept may be filled in, whether of Q1, Q3 or
         BETWEEN; the largest supp-score first, ties by position. C9: a filled-in sample's tokens are trimmed
         as in Q2 if its normalised PPL is at least its normalised Ent, else it stays whole as in Q4.
     """
     _check_plane(ppl, ent)
     _check_quadrants("trim_quadrants", trim_quadrants)
+    if not backfill_quadrants or not set(backfill_quadrants) <= set(Quadrant):
+        raise ValueError(f"backfill_quadrants must be of Quadrant 0 to 4, at least one, got {list(backfill_quadrants)}")
     num_keep = num_samples_to_keep(sample_keep_ratio, len(ppl))
     thresholds = bisect_thresholds(ppl, ent, num_keep, upper=upper, max_iters=max_iters, keep_quadrants=keep_quadrants)
     quadrant = assign_quadrants(ppl, ent, thresholds)
@@ -289,6 +296,8 @@ def prune_samples(
     num_missing = num_keep - int(in_kept.sum())  # lines 18-21
     candidates = supp_score(ppl, ent).masked_fill(in_kept, -math.inf)
     largest_first = candidates.sort(descending=True, stable=True).indices
+    allowed = _in_any(quadrant, backfill_quadrants) & ~in_kept  # these come before the others
+    largest_first = largest_first[allowed[largest_first].sort(descending=True, stable=True).indices]
     backfilled = torch.zeros_like(in_kept)
     backfilled[largest_first[:num_missing]] = True
 
@@ -390,6 +399,7 @@ def prune_batch(
     max_iters: int = 20,
     keep_quadrants: Collection[Quadrant] = KEEP_QUADRANTS,
     trim_quadrants: Collection[Quadrant] = TRIM_QUADRANTS,
+    backfill_quadrants: Collection[Quadrant] = BACKFILL_QUADRANTS,
 ) -> PrunedBatch:
     """Q-Tuning's decisions for one mini-batch: Algorithm 1.
 
@@ -400,7 +410,7 @@ def prune_batch(
         token_keep_ratio:   r_token in [0, 1]: the share of its answer tokens that a trimmed sample keeps.
         smoothing:          lambda in [0, 1].
         reverse, upper, max_iters: of `prune_tokens` and `bisect_thresholds`.
-        keep_quadrants, trim_quadrants: of `prune_samples`.
+        keep_quadrants, trim_quadrants, backfill_quadrants: of `prune_samples`.
     Raises:
         ValueError: what the parts refuse, by name and row.
     """
@@ -414,6 +424,7 @@ def prune_batch(
         max_iters=max_iters,
         keep_quadrants=keep_quadrants,
         trim_quadrants=trim_quadrants,
+        backfill_quadrants=backfill_quadrants,
     )
     trimmed = prune_tokens(token_perplexity(nll), loss_mask, token_keep_ratio, smoothing, reverse=reverse)
     return PrunedBatch(samples, token_mask(samples, trimmed, loss_mask), ppl, ent)  # lines 23-33

@@ -68,6 +68,7 @@ class Config:
     reverse: bool = flag(False, "keep the tokens of the highest score (Table 5)")
     keep_quadrants: str = flag("2,4", "quadrants that qtuning keeps, of 1 to 4 (Tables 4, 15)")
     trim_quadrants: str = flag("2", "quadrants whose kept samples qtuning trims; '' trims none")
+    backfill_quadrants: str = flag("0,1,2,3,4", "where qtuning fills up from first; 0: in no corner (beyond the paper)")
     token_pruning: str = flag("mask", "pruned tokens leave the loss, or the input too", ("mask", "drop"))
     scores: str | None = flag(None, "folder of side files (pruners.score_rows), for the pruners that need them")
     prune_batch: int | None = flag(None, "samples that compete; a multiple of --micro-batch, default: --micro-batch")
@@ -108,10 +109,14 @@ class Config:
             check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("prune_batch", "pass_tokens", "max_steps", "eval_every", "eval_limit"):
             check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        for name, least in (("keep_quadrants", 1), ("trim_quadrants", 0)):
+        for name, least, known in (
+            ("keep_quadrants", 1, "1234"),
+            ("trim_quadrants", 0, "1234"),
+            ("backfill_quadrants", 1, "01234"),
+        ):
             named = getattr(self, name).split(",") if getattr(self, name) else []
-            ok = len(named) == len(set(named)) >= least and set(named) <= set("1234")
-            check(name, ok, f"{'one or more' if least else 'any'} of 1,2,3,4, none of them twice")
+            ok = len(named) == len(set(named)) >= least and set(named) <= set(known)
+            check(name, ok, f"{'one or more' if least else 'any'} of {','.join(known)}, none of them twice")
         if self.reuse_forward:
             needs = {*SAMPLE_PRUNERS[self.sample_pruner].needs, *TOKEN_PRUNERS[self.token_pruner].needs}
             exact, scored = self.reuse_scores == 1, bool(needs & {"ppl", "ent", "nll"})

@@ -90,8 +90,14 @@ def quadrants(text: str) -> list[Quadrant]:
 
 def qtuning_samples(cfg, generator, size: int, ppl: Tensor, ent: Tensor) -> SamplePruning:
     """Stage 1 of Algorithm 1, with the settings of a run."""
-    keep, trim = quadrants(cfg.keep_quadrants), quadrants(cfg.trim_quadrants)
-    return prune_samples(ppl, ent, cfg.sample_keep_ratio, keep_quadrants=keep, trim_quadrants=trim)
+    return prune_samples(
+        ppl,
+        ent,
+        cfg.sample_keep_ratio,
+        keep_quadrants=quadrants(cfg.keep_quadrants),
+        trim_quadrants=quadrants(cfg.trim_quadrants),
+        backfill_quadrants=quadrants(cfg.backfill_quadrants),
+    )
 
 
 def qtuning_tokens(cfg, generators, loss_mask: Tensor, nll: Tensor) -> Tensor:

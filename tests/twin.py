@@ -137,7 +137,12 @@ class SamplePruning:
     thresholds: Thresholds
 
 
-def prune_samples(ppl, ent, sample_keep_ratio, keep_quadrants=(Q2, Q4), trim_quadrants=(Q2,)):
+EVERYWHERE = (BETWEEN, Q1, Q2, Q3, Q4)
+
+
+def prune_samples(
+    ppl, ent, sample_keep_ratio, keep_quadrants=(Q2, Q4), trim_quadrants=(Q2,), backfill_quadrants=EVERYWHERE
+):
     """Lines 5 to 21. Lists of one entry a sample. Other quadrants: the ablations of Tables 4 and 15."""
     num_keep = math.floor(fraction_meant(sample_keep_ratio) * len(ppl))  # Equation 1, C6
     if num_keep < 1:
@@ -152,10 +157,9 @@ def prune_samples(ppl, ent, sample_keep_ratio, keep_quadrants=(Q2, Q4), trim_qua
     backfilled = [False for _ in quadrant]
     supp, norm_ppl, norm_ent = supp_score(ppl, ent), min_max_normalised(ppl), min_max_normalised(ent)
     while sum(keep) < num_keep:  # line 18
-        best = None
-        for x in range(len(ppl)):  # line 19: Q1, Q3 and BETWEEN (C7)
-            if not keep[x] and (best is None or supp[x] > supp[best]):  # ties: the first one
-                best = x
+        left = [x for x in range(len(ppl)) if not keep[x]]  # line 19: Q1, Q3 and BETWEEN (C7)
+        left = [x for x in left if quadrant[x] in backfill_quadrants] or left  # beyond the paper
+        best = max(left, key=supp.__getitem__)  # ties: the first one
         keep[best] = backfilled[best] = True  # line 20
         nearer = Q2 if norm_ppl[best] >= norm_ent[best] else Q4  # the arm of the max that won (C9)
         prune_tokens[best] = nearer in trim_quadrants
@@ -211,11 +215,14 @@ def prune_batch(
     reverse=False,
     keep_quadrants=(Q2, Q4),
     trim_quadrants=(Q2,),
+    backfill_quadrants=EVERYWHERE,
 ):
     """Algorithm 1. Lists of B lists of T entries."""
     ppl = [sample_perplexity(row, mask) for row, mask in zip(nll, loss_mask, strict=True)]  # line 4
     ent = [sample_entropy(row, mask) for row, mask in zip(token_entropy, loss_mask, strict=True)]
-    samples = prune_samples(ppl, ent, sample_keep_ratio, keep_quadrants, trim_quadrants)  # lines 5 to 21
+    samples = prune_samples(  # lines 5 to 21
+        ppl, ent, sample_keep_ratio, keep_quadrants, trim_quadrants, backfill_quadrants
+    )
     token_mask = []  # line 23
     for x, mask in enumerate(loss_mask):  # line 24
         if not samples.keep[x]:
