@@ -52,7 +52,7 @@ BACKFILL_QUADRANTS = tuple(Quadrant)  # line 19, as choice C7 reads it
 # ----------------------------------------------------------- Sec. 3.1: the Error-Uncertainty plane
 
 
-def token_nll_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_nll_and_entropy(logits: Tensor, labels: Tensor, *, chunk_size: int = 256) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each label, and entropy of the distribution that predicts it.
 
         nll_i = -log p(y_i | x, y_<i)        entropy_i = -sum_v p(v | x, y_<i) log p(v | x, y_<i)
@@ -60,10 +60,11 @@ def token_nll_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     Args:
         logits: (..., V), any float dtype; logits[b, t] predict labels[b, t].
         labels: (...,) int64 in [0, V), or -100 where not trainable.
+        chunk_size: positions at a time; beside the logits, about three (chunk_size, V) fp32 tensors exist at once.
     Returns:
         nll and entropy, each (...,) float32, nats; 0 where the label is -100. 0 <= entropy <= log V.
     Raises:
-        ValueError: shapes differ, or a label is out of range.
+        ValueError: shapes differ, a label is out of range, or chunk_size is below 1.
     Source: the terms of Eq. 4 and Eq. 5. Choice C15: fp32 whatever the model computes in.
     """
     if logits.shape[:-1] != labels.shape:
@@ -73,9 +74,9 @@ def token_nll_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     if bool(outside.any()):
         at, got = outside.nonzero()[0].tolist(), labels[outside][0].item()
         raise ValueError(f"labels must be in [0, {logits.shape[-1]}) or {IGNORE_INDEX}, got {got} at {at}")
-    log_p = logits.float().log_softmax(dim=-1)
-    nll = -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    nll, entropy = _nll_and_entropy(logits, labels.clamp(min=0), chunk_size)
     zero = torch.zeros_like(nll)
     return torch.where(trainable, nll, zero), torch.where(trainable, entropy, zero)
 
@@ -264,6 +265,7 @@ def prune_samples(
     keep_quadrants: Collection[Quadrant] = KEEP_QUADRANTS,
     trim_quadrants: Collection[Quadrant] = TRIM_QUADRANTS,
     backfill_quadrants: Collection[Quadrant] = BACKFILL_QUADRANTS,
+    keep_one: bool = False,
 ) -> SamplePruning:
     """Stage 1: keep Q2 and Q4, fill up to the budget by the supp-score. Algorithm 1 lines 5-21.
 
@@ -276,6 +278,8 @@ def prune_samples(
         backfill_quadrants: where the budget is filled up from first, BETWEEN included, not empty. If they hold too few
             samples, the others follow by the same score. Beyond the paper: without HARMFUL_NOISE, the backfill
             does not bring back what Q1 has dropped.
+        keep_one:          keep one sample of a mini-batch too small for the ratio, as the last one of an epoch may
+            be; by default such a mini-batch is refused.
     Raises:
         ValueError: shapes differ; a NaN or infinite value; a ratio outside [0, 1] or too small to keep one;
             values that are no quadrants.
@@ -287,7 +291,7 @@ def prune_samples(
     _check_quadrants("trim_quadrants", trim_quadrants)
     if not backfill_quadrants or not set(backfill_quadrants) <= set(Quadrant):
         raise ValueError(f"backfill_quadrants must be of Quadrant 0 to 4, at least one, got {list(backfill_quadrants)}")
-    num_keep = num_samples_to_keep(sample_keep_ratio, len(ppl))
+    num_keep = num_samples_to_keep(sample_keep_ratio, len(ppl), keep_one=keep_one)
     thresholds = bisect_thresholds(ppl, ent, num_keep, upper=upper, max_iters=max_iters, keep_quadrants=keep_quadrants)
     quadrant = assign_quadrants(ppl, ent, thresholds)
     in_kept = _in_any(quadrant, keep_quadrants)  # line 17
@@ -400,6 +404,7 @@ def prune_batch(
     keep_quadrants: Collection[Quadrant] = KEEP_QUADRANTS,
     trim_quadrants: Collection[Quadrant] = TRIM_QUADRANTS,
     backfill_quadrants: Collection[Quadrant] = BACKFILL_QUADRANTS,
+    keep_one: bool = False,
 ) -> PrunedBatch:
     """Q-Tuning's decisions for one mini-batch: Algorithm 1.
 
@@ -410,7 +415,7 @@ def prune_batch(
         token_keep_ratio:   r_token in [0, 1]: the share of its answer tokens that a trimmed sample keeps.
         smoothing:          lambda in [0, 1].
         reverse, upper, max_iters: of `prune_tokens` and `bisect_thresholds`.
-        keep_quadrants, trim_quadrants, backfill_quadrants: of `prune_samples`.
+        keep_quadrants, trim_quadrants, backfill_quadrants, keep_one: of `prune_samples`.
     Raises:
         ValueError: what the parts refuse, by name and row.
     """
@@ -425,6 +430,7 @@ def prune_batch(
         keep_quadrants=keep_quadrants,
         trim_quadrants=trim_quadrants,
         backfill_quadrants=backfill_quadrants,
+        keep_one=keep_one,
     )
     trimmed = prune_tokens(token_perplexity(nll), loss_mask, token_keep_ratio, smoothing, reverse=reverse)
     return PrunedBatch(samples, token_mask(samples, trimmed, loss_mask), ppl, ent)  # lines 23-33
@@ -444,10 +450,12 @@ def token_mask(samples: SamplePruning, trimmed: Tensor, loss_mask: Tensor) -> Te
 # -------------------------------------------------------------------------------- budgets and checks
 
 
-def num_samples_to_keep(sample_keep_ratio: float, num_samples: int) -> int:
-    """|B'| = floor(r_sample * B), Eq. (1); at least one, or the ratio is refused (choices C6, C14)."""
+def num_samples_to_keep(sample_keep_ratio: float, num_samples: int, *, keep_one: bool = False) -> int:
+    """|B'| = floor(r_sample * B), Eq. (1); where that is 0: 1 with keep_one, else refused (choices C6, C14)."""
     _check_fraction("sample_keep_ratio", sample_keep_ratio)
     num_keep = math.floor(sample_keep_ratio * num_samples + ROUNDING)
+    if num_keep < 1 and keep_one:
+        return 1
     if num_keep < 1:
         smallest = 1 / sample_keep_ratio if sample_keep_ratio else math.inf
         smallest = smallest if math.isinf(smallest) else math.ceil(smallest - ROUNDING)
@@ -462,6 +470,23 @@ def num_tokens_to_keep(token_keep_ratio: float, num_tokens: int) -> int:
     """max(1, floor(r_token * |T(x)|)), after Eq. (2): a kept sample never loses its last token (choice C11)."""
     _check_fraction("token_keep_ratio", token_keep_ratio)
     return max(1, math.floor(token_keep_ratio * num_tokens + ROUNDING))
+
+
+def _nll_and_entropy(logits: Tensor, labels: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """NLL and entropy of all positions; row by row, since flattening a slice such as logits[:, :-1] would copy it."""
+    if labels.numel() == 0:
+        return torch.zeros_like(labels, dtype=torch.float32), torch.zeros_like(labels, dtype=torch.float32)
+    if labels.dim() != 1:
+        rows = zip(logits, labels, strict=True) if labels.dim() else [(logits[None], labels[None])]
+        parts = [_nll_and_entropy(*row, chunk_size) for row in rows]
+        nll, entropy = (torch.stack(values) for values in zip(*parts, strict=True))
+        return (nll, entropy) if labels.dim() else (nll[0, 0], entropy[0, 0])
+    nll, entropy = [], []
+    for z, y in zip(logits.split(chunk_size), labels.split(chunk_size), strict=True):
+        log_p = z.float().log_softmax(dim=-1)
+        nll.append(-log_p.gather(-1, y[:, None])[:, 0])
+        entropy.append(torch.special.entr(log_p.exp()).sum(dim=-1))
+    return torch.cat(nll), torch.cat(entropy)
 
 
 def _rank(gamma: float, num_values: int) -> int:
