@@ -1,1 +1,1 @@
-"""SFT data: rows to token ids (sft.py), the paper's datasets (download.py), the embedded default (tiny/)."""
+"""SFT data: rows to token ids (sft, templates), the paper's datasets (download), the embedded default (tiny/)."""

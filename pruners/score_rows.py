@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.sft import Sample, load_samples, resolve_template, to_messages
+from data.sft import Sample, load_samples, to_messages
+from data.templates import resolve_template
 from data.tokenizer import TextTokenizer
 from model import Transformer
 from pruners.less import adam_direction, count_sketch, influence

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 
-from data import download, sft
+from data import download, sft, templates
 from data.tokenizer import TextTokenizer
 
 # A tokenizer that shows what it was given: the id of an ASCII character is its code, and every stretch of
@@ -162,7 +162,7 @@ def test_the_llama2_template_gives_exactly_these_numbers():
     assert sample.labels == [-100] * 19 + [95, 78, 111, 129]
 
 
-@pytest.mark.parametrize("template", sft.TEMPLATES)
+@pytest.mark.parametrize("template", templates.TEMPLATES)
 def test_a_template_gives_exactly_these_ids_and_labels(template):
     assert_is(only_sample({"instruction": "Hi", "output": "Yes"}, template=template), *EXPECTED[template])
 
@@ -246,12 +246,12 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused_only_where_it_do
 
 def test_a_chat_template_that_does_not_compile_is_refused():
     with pytest.raises(ValueError, match="chat_template does not compile"):
-        sft.resolve_template("auto", with_chat_template("{% for m in messages %}"))
+        templates.resolve_template("auto", with_chat_template("{% for m in messages %}"))
 
 
 def test_an_unknown_template_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown template 'vicuna': expected one of auto, llama2, mistral"):
-        sft.resolve_template("vicuna", TOKENIZER)
+        templates.resolve_template("vicuna", TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_template_is_refused_where_the_tokenizer_lacks_its_token(template, tok
     named = {"bos_token": "<s>"} if template == "llama3" else {}
     bare = TextTokenizer(raw_tokenizer({"<s>": BOS, "</s>": EOS}), named)
     with pytest.raises(ValueError, match=f"needs the token {token}"):
-        sft.resolve_template(template, bare)
+        templates.resolve_template(template, bare)
 
 
 # ---------------------------------------------------------------------------------------------------- forms
@@ -455,12 +455,10 @@ def test_only_a_line_feed_ends_a_line_and_marks_and_blank_lines_are_skipped(tmp_
 # --------------------------------------------------------------------------------------------- properties
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
-conversation = st.builds(
-    lambda system, turns: spoken(*system, *(t for turn in turns for t in turn)),
-    st.lists(st.tuples(st.just("system"), text), max_size=1),
-    st.lists(st.tuples(text, text), min_size=1, max_size=3),
-)
-template = st.sampled_from(list(sft.TEMPLATES))
+conversation = st.builds(lambda system, turns: spoken(*system, *(t for turn in turns for t in turn)),
+                         st.lists(st.tuples(st.just("system"), text), max_size=1),
+                         st.lists(st.tuples(text, text), min_size=1, max_size=3))
+template = st.sampled_from(list(templates.TEMPLATES))
 
 
 @given(conversation, template, st.integers(2, 200))
@@ -485,7 +483,7 @@ def test_a_rows_ids_depend_neither_on_its_neighbours_nor_on_the_file_form_nor_on
     for sample, row in zip(together, rows, strict=True):
         alone = only_sample(row, **options)
         assert (sample.input_ids, sample.labels) == (alone.input_ids, alone.labels)
-    render = sft.resolve_template(template, TOKENIZER)
+    render = templates.resolve_template(template, TOKENIZER)
     assert together == list(sft._encode_rows(rows, TOKENIZER, render, max_length, chunk=chunk))
 
 
