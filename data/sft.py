@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.templates import Turn, resolve_template
+from data.templates import Conversation, Template, resolve_template
 from data.tokenizer import TextTokenizer, json_kind
 from qtuning import IGNORE_INDEX
 
@@ -138,12 +138,20 @@ def to_messages(row: object) -> list[dict[str, str]]:
     return messages
 
 
+def to_conversation(row: object) -> Conversation:
+    """The messages of a row."""
+    return Conversation(to_messages(row))
+
+
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
 def _text(name: str, value: object, may_be_blank: bool = False) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected a text, got {json_kind(value)}")
     if not value.strip() and not may_be_blank:
         raise ValueError(f"{name}: expected a text, got an empty one")
-    if re.search("[\ud800-\udfff]", value):
+    if HALF_PAIR.search(value):
         raise ValueError(f"{name}: expected Unicode text, got half of a surrogate pair")
     return value
 
@@ -176,45 +184,49 @@ def kept_lengths(num_prompt: int, num_answer: int, budget: int) -> tuple[int, in
     return min(budget - num_answer, num_prompt), num_answer
 
 
-def to_sample(row_id: str, turns: list[tuple[list[int], list[int]]], max_length: int) -> Sample:
+def to_sample(
+    row_id: str, turns: list[tuple[list[int], list[int]]], max_length: int, trained: tuple[bool, ...] = ()
+) -> Sample:
     """Turns of (prompt ids, answer ids) as one Sample of at most max_length tokens.
 
     Heads are kept, tails cut, so a cut answer loses its EOS. A turn's budget is what those before it left;
-    turns without a budget go. May leave no label at all; load_samples refuses that.
+    turns without a budget go. Answers whose `trained` is false carry no label. May leave no label at all;
+    load_samples refuses that.
     """
     input_ids, labels = [], []
-    for prompt, answer in turns:
+    for (prompt, answer), labelled in zip(turns, trained + (True,) * len(turns), strict=False):
         num_prompt, num_answer = kept_lengths(len(prompt), len(answer), max_length - len(input_ids))
         input_ids += prompt[:num_prompt] + answer[:num_answer]
-        labels += [IGNORE_INDEX] * num_prompt + answer[:num_answer]
+        labels += [IGNORE_INDEX] * num_prompt + (answer[:num_answer] if labelled else [IGNORE_INDEX] * num_answer)
     return Sample(row_id, input_ids, labels)
 
 
 def load_samples(
     path: str | Path,
     tokenizer: TextTokenizer,
-    template: str = "auto",
+    template: str | Template = "auto",
     max_length: int = 2048,
     skip_bad_rows: bool = False,
 ) -> tuple[list[Sample], int]:
-    """All rows of a .json list or .jsonl file (forms: to_messages) as Samples, in the file's order.
+    """All rows of a .json list or .jsonl file (forms: to_conversation) as Samples, in the file's order.
 
     Args:
-        template:      auto, or a name in templates.TEMPLATES.
+        template:      auto, a name in templates.TEMPLATES, or what resolve_template returned for it.
         max_length:    tokens a row, at least 2; longer rows are cut (to_sample).
-        skip_bad_rows: leave a bad row out and count it, instead of raising.
+        skip_bad_rows: leave bad rows out and count them, instead of raising.
     Returns: (samples, number of rows skipped). A sample's id is its row's "id", else its 0-based row number;
         where an earlier row has that id already, "#<row number>" is added, so ids are unique.
-    Raises: ValueError `path:LINE: what is wrong` for the first bad row (LINE is where it starts), or when no
-        row is left; see also read_rows and resolve_template.
+    Raises: ValueError when rows are bad, with the first three, where they are and what is wrong, and how many there
+        are; or when no row is left. See also read_rows and resolve_template.
     """
     if max_length < 2:
         raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
-    render = resolve_template(template, tokenizer)
+    if isinstance(template, str):
+        template = resolve_template(template, tokenizer)
     rows = read_rows(path)
     if not rows:
         raise ValueError(f"{path}: expected rows, got none")
-    results = _encode_rows([row for _, row in rows], tokenizer, render, max_length)
+    results = _encode_rows([row for _, row in rows], template, max_length)
     progress = tqdm(
         results,
         desc=f"tokenising {Path(path).name}",
@@ -223,59 +235,61 @@ def load_samples(
         delay=2,
         mininterval=0.1 if sys.stderr.isatty() else 30,
     )
-    samples, bad = [], []
+    samples, num_bad, first_bad = [], 0, []
     for number, result in enumerate(progress):
         if isinstance(result, Sample):
             samples.append(result)
             continue
-        bad.append((number, result))
-        if not skip_bad_rows:
-            break
-    progress.close()
-    if bad and not (skip_bad_rows and samples):
-        number, error = bad[0]
-        all_bad = f" (and so on: all {len(rows)} rows are bad)" if skip_bad_rows else ""
-        raise ValueError(f"{path}:{rows[number][0] or line_of_row(path, number)}: {error}{all_bad}")
-    return samples, len(bad)
+        num_bad += 1
+        if len(first_bad) < 3:
+            first_bad.append((number, result))
+    if num_bad and not (skip_bad_rows and samples):
+        named = "; ".join(
+            f"{_place(path, number, rows, first=not place)}: {error}" for place, (number, error) in enumerate(first_bad)
+        )
+        count = f"{num_bad} of {len(rows)} rows are bad; --skip-bad-rows leaves them out"
+        count = "1 row is bad; --skip-bad-rows leaves it out" if num_bad == 1 else count
+        raise ValueError(f"{named} ({count if samples else f'all {num_bad} rows are bad'})")
+    return samples, num_bad
 
 
-def _encode_rows(rows: list, tokenizer, render, max_length: int, chunk: int = 1024) -> Iterator[Sample | ValueError]:
+def _place(path: str | Path, number: int, rows: list[tuple[int | None, object]], first: bool) -> str:
+    """Where a row is, the first one with its file.
+
+    A row is named by its line; one of a .json list by its number too, which is all there is in a file of one line.
+    """
+    (line, row), names = rows[number], []
+    if line is None:
+        names = [f"row {number + 1} of {len(rows)}"]
+        has_lines = b"\n" in Path(path).read_bytes().strip()
+        line = line_of_row(path, number) if has_lines else None
+    if first:
+        names.insert(0, str(path) if line is None else f"{path}:{line}")
+    elif line is not None:
+        names.insert(0, f"line {line}")
+    own_id = row.get("id") if isinstance(row, dict) else None
+    return ": ".join(names + ([f"id {own_id!r}"] if isinstance(own_id, str | int) else []))
+
+
+def _encode_rows(rows: list, template: Template, max_length: int, chunk: int = 1024) -> Iterator[Sample | ValueError]:
     """Yield a Sample or a ValueError for each row. A chunk of rows is tokenised in one call, on all cores."""
     used_ids = set()
     shared = {}  # one int object for each token id: a list then takes 8 bytes a token, not 36
     for start in range(0, len(rows), chunk):
-        rendered = [_render_row(row, render) for row in rows[start : start + chunk]]
-        texts = list(
-            {
-                piece
-                for turns in rendered
-                if isinstance(turns, list)
-                for prompt, answer in turns
-                for piece in prompt + answer
-                if isinstance(piece, str)
-            }
-        )
-        ids_of = dict(zip(texts, tokenizer.encode_plain_batch(texts), strict=True))
-        for number, turns in enumerate(rendered, start=start):
+        conversations = [_conversation(row) for row in rows[start : start + chunk]]
+        good = [c for c in conversations if isinstance(c, Conversation)]
+        encoded = iter(template.encode(good))
+        for number, conversation in enumerate(conversations, start=start):
+            turns = next(encoded) if isinstance(conversation, Conversation) else conversation
             if isinstance(turns, ValueError):
                 yield turns
                 continue
+            turns = [[[shared.setdefault(token, token) for token in side] for side in turn] for turn in turns]
             own_id = rows[number].get("id")
             row_id = str(number if own_id is None else own_id)
             while row_id in used_ids:
                 row_id += f"#{number}"
-            turns = [
-                [
-                    [
-                        shared.setdefault(token, token)
-                        for piece in pieces
-                        for token in ((piece,) if isinstance(piece, int) else ids_of[piece])
-                    ]
-                    for pieces in turn
-                ]
-                for turn in turns
-            ]
-            sample = to_sample(row_id, turns, max_length)
+            sample = to_sample(row_id, turns, max_length, conversation.trained)
             if all(label == IGNORE_INDEX for label in sample.labels[1:]):  # nothing predicts the first
                 yield ValueError(f"expected an answer token to train on, got none in {max_length} tokens")
                 continue
@@ -283,9 +297,9 @@ def _encode_rows(rows: list, tokenizer, render, max_length: int, chunk: int = 10
             yield sample
 
 
-def _render_row(row: object, render) -> list[Turn] | ValueError:
+def _conversation(row: object) -> Conversation | ValueError:
     try:
-        return render(to_messages(row))
+        return to_conversation(row)
     except ValueError as error:
         return error
 

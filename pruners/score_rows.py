@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.sft import Sample, load_samples, to_messages
-from data.templates import resolve_template
+from data.templates import Conversation, Template, resolve_template
 from data.tokenizer import TextTokenizer
 from model import Transformer
 from pruners.less import adam_direction, count_sketch, influence
@@ -110,8 +110,7 @@ class DigitQuestion:
     digits: tuple[int, ...]
     tail: int
     digit_ids: tuple[int, ...]
-    render: Callable
-    tokenizer: TextTokenizer
+    template: Template
 
     @classmethod
     def of(cls, what: str, template: str, tokenizer: TextTokenizer) -> DigitQuestion:
@@ -121,31 +120,34 @@ class DigitQuestion:
             ValueError: the tokenizer does not give each digit one token of its own there.
         """
         digits, text = SCALES[what]
-        render = resolve_template(template, tokenizer)
-        rows = [_conversation_ids(render, tokenizer, text, f"{PRIMER}{digit}") for digit in digits]
+        resolved = resolve_template(template, tokenizer)
+        rows = [_conversation_ids(resolved, text, f"{PRIMER}{digit}") for digit in digits]
         differ = {at for row in rows for at in range(len(row)) if len(row) != len(rows[0]) or row[at] != rows[0][at]}
         if len(differ) != 1:
             raise ValueError(
                 f"{what}: the tokenizer does not give each of the digits {list(digits)} one token of its own"
             )
         (at,) = differ
-        return cls(text, tuple(digits), len(rows[0]) - 1 - at, tuple(row[at] for row in rows), render, tokenizer)
+        return cls(text, tuple(digits), len(rows[0]) - 1 - at, tuple(row[at] for row in rows), resolved)
 
     def prompt(self, messages: list[dict], max_length: int) -> list[int]:
         """Token ids in front of the digit; a long row loses its middle. Turns of one side are joined."""
         request, answer = (
-            "\n\n".join(m["content"] for m in messages if (m["role"] == "assistant") == side) for side in (False, True)
+            "\n\n".join(m.get("content", "") for m in messages if (m["role"] == "assistant") == side)
+            for side in (False, True)
         )
         text = self.text.format(request=request, answer=answer)
-        ids = _conversation_ids(self.render, self.tokenizer, text, f"{PRIMER}{self.digits[0]}")[: -1 - self.tail]
+        ids = _conversation_ids(self.template, text, f"{PRIMER}{self.digits[0]}")[: -1 - self.tail]
         half = max_length // 2
         return ids if len(ids) <= max_length else ids[:half] + ids[-half:]
 
 
-def _conversation_ids(render: Callable, tokenizer: TextTokenizer, question: str, answer: str) -> list[int]:
-    turns = render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-    pieces = [piece for turn in turns for side in turn for piece in side]
-    return [i for piece in pieces for i in ([piece] if isinstance(piece, int) else tokenizer.encode_plain(piece))]
+def _conversation_ids(template: Template, question: str, answer: str) -> list[int]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    [turns] = template.encode([Conversation(messages)])
+    if isinstance(turns, ValueError):
+        raise turns
+    return [token for turn in turns for side in turn for token in side]
 
 
 @torch.no_grad()

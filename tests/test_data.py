@@ -90,39 +90,20 @@ EXPECTED = {  # template: (prompt ids, answer ids) of the question "Hi" and the 
     "default": (ids("_Human: Hi", EOS, "_\nAssistant:"), ids("_Yes", EOS, "_\n")),
 }
 EXPECTED_TURNS = {  # template: prompt, answer, prompt, answer ids of system "Be", "Hi", "Yes", "So", "No"
-    "llama2": (
-        ids(BOS, "_[INST] <<SYS>>\nBe\n<</SYS>>\n\nHi [/INST]"),
-        ids("_Yes", EOS),
-        ids(BOS, "_[INST] So [/INST]"),
-        ids("_No", EOS),
-    ),
-    "mistral": (ids(BOS, "_[INST] Be\n\nHi[/INST]"), ids("_ Yes", EOS), ids("_[INST] So[/INST]"), ids("_ No", EOS)),
-    "llama3": (
-        ids(
-            BOS, 132, "_system", 133, "_\n\nBe", 134, 132, "_user", 133, "_\n\nHi", 134, 132, "_assistant", 133, "_\n\n"
-        ),
-        ids("_Yes", 134),
-        ids(132, "_user", 133, "_\n\nSo", 134, 132, "_assistant", 133, "_\n\n"),
-        ids("_No", 134),
-    ),
-    "chatml": (
-        ids(130, "_system\nBe", 131, "_\n", 130, "_user\nHi", 131, "_\n", 130, "_assistant\n"),
-        ids("_Yes", 131, "_\n"),
-        ids(130, "_user\nSo", 131, "_\n", 130, "_assistant\n"),
-        ids("_No", 131, "_\n"),
-    ),
-    "alpaca": (
-        ids("_Be\n\n", "_### Instruction:\nHi\n\n### Response:\n"),
-        ids("_Yes", EOS, "_\n\n"),
-        ids("_### Instruction:\nSo\n\n### Response:\n"),
-        ids("_No", EOS, "_\n\n"),
-    ),
-    "default": (
-        ids("_System: Be", EOS, "_\n", "_Human: Hi", EOS, "_\nAssistant:"),
-        ids("_Yes", EOS, "_\n"),
-        ids("_Human: So", EOS, "_\nAssistant:"),
-        ids("_No", EOS, "_\n"),
-    ),
+    "llama2": (ids(BOS, "_[INST] <<SYS>>\nBe\n<</SYS>>\n\nHi [/INST]"), ids("_Yes", EOS),
+               ids(BOS, "_[INST] So [/INST]"), ids("_No", EOS)),
+    "mistral": (ids(BOS, "_[INST] Be\n\nHi[/INST]"), ids("_ Yes", EOS),
+                ids("_[INST] So[/INST]"), ids("_ No", EOS)),
+    "llama3": (ids(BOS, 132, "_system", 133, "_\n\nBe", 134, 132, "_user", 133, "_\n\nHi", 134,
+                   132, "_assistant", 133, "_\n\n"), ids("_Yes", 134),
+               ids(132, "_user", 133, "_\n\nSo", 134, 132, "_assistant", 133, "_\n\n"), ids("_No", 134)),
+    "chatml": (ids(130, "_system\nBe", 131, "_\n", 130, "_user\nHi", 131, "_\n", 130, "_assistant\n"),
+               ids("_Yes", 131, "_\n"),
+               ids(130, "_user\nSo", 131, "_\n", 130, "_assistant\n"), ids("_No", 131, "_\n")),
+    "alpaca": (ids("_Be", "_### Instruction:\nHi\n\n### Response:\n"), ids("_Yes", EOS, "_\n\n"),
+               ids("_### Instruction:\nSo\n\n### Response:\n"), ids("_No", EOS, "_\n\n")),
+    "default": (ids("_System: Be", EOS, "_\n", "_Human: Hi", EOS, "_\nAssistant:"), ids("_Yes", EOS, "_\n"),
+                ids("_Human: So", EOS, "_\nAssistant:"), ids("_No", EOS, "_\n")),
 }
 
 
@@ -192,9 +173,9 @@ def with_chat_template(source):
 def test_auto_is_the_models_own_chat_template_with_its_bos_once():
     chat = with_chat_template(CHAT)
     sample = only_sample({"prompt": "Hi", "response": " Yes"}, tokenizer=chat)
-    assert_is(sample, ids(BOS, "_U:Hi;A:"), ids("_Yes", EOS))
+    assert_is(sample, ids(BOS, "_U:Hi;A:"), ids("Yes", EOS))
     sample = only_sample(spoken("Hi", "Yes", "So", "No"), tokenizer=chat)
-    assert_is(sample, ids(BOS, "_U:Hi;A:"), ids("_Yes", EOS), ids("_U:So;A:"), ids("_No", EOS))
+    assert_is(sample, ids(BOS, "_U:Hi;A:"), ids("Yes", EOS), ids("_U:So;A:"), ids("No", EOS))
 
 
 def test_auto_without_a_chat_template_is_the_default_template():
@@ -202,14 +183,10 @@ def test_auto_without_a_chat_template_is_the_default_template():
 
 
 def test_a_chat_template_sees_no_tools_and_no_clock_and_tojson_does_not_escape_html():
-    chat = with_chat_template(
-        "{{ tools is none }} {{ strftime_now is defined }}{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
-    )
-    assert_is(
-        only_sample({"prompt": "<é>", "response": "Yes"}, tokenizer=chat),
-        ids('_True False"<', UNK, '>"'),
-        ids('_"Yes"'),
-    )
+    chat = with_chat_template("{{ tools is none }} {{ strftime_now is defined }}"
+                              "{% for m in messages %}{{ m.content | tojson }}{% endfor %}")
+    assert_is(only_sample({"prompt": "<é>", "response": "Yes"}, tokenizer=chat),
+              ids('_True False"<', UNK, '>"'), ids('"Yes"'))
 
 
 def test_a_row_that_the_chat_template_refuses_is_a_bad_row():
@@ -235,12 +212,10 @@ def test_a_chat_template_whose_answers_cannot_be_located_is_refused(source):
 
 
 def test_a_chat_template_that_rewrites_earlier_turns_is_refused_only_where_it_does():
-    thinks = with_chat_template(
-        "{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A{% else %}"
-        "{% if loop.last %}(think){% endif %}{{ m.content }}{% endif %}{% endfor %}"
-    )
-    assert_is(only_sample(spoken("Hi", "Yes"), tokenizer=thinks), ids("_UHiA"), ids("_(think)Yes"))
-    with pytest.raises(ValueError, match="turn 4 as a continuation"):
+    thinks = with_chat_template("{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A{% else %}"
+                                "{% if loop.last %}(think){% endif %}{{ m.content }}{% endif %}{% endfor %}")
+    assert_is(only_sample(spoken("Hi", "Yes"), tokenizer=thinks), ids("_UHiA"), ids("(think)Yes"))
+    with pytest.raises(ValueError, match="turn 2 as a continuation"):
         only_sample(spoken("Hi", "Yes", "So", "No"), tokenizer=thinks)
 
 
@@ -348,12 +323,12 @@ BAD_ROWS = [
     ({"prompt": "Hi", "response": True}, "response: expected a text, got true"),
     ({"prompt": "\ud83d", "response": "Yes"}, "prompt: expected Unicode text, got half of a surrogate pair"),
     ({"prompt": "Hi", "response": "Yes", "id": ["a"]}, "id: expected a text or a whole number, got a list"),
-    ({"prompt": "Hi", "response": "Yes", "system": "Be"}, "key 'system' is not supported"),
-    ({"instruction": "Hi", "output": "Yes", "history": [["a", "b"]]}, "key 'history' is not supported"),
+    ({"prompt": "Hi", "response": "Yes", "system": ["Be"]}, "system: expected a text, got a list"),
+    ({"instruction": "Hi", "output": "Yes", "history": ["a"]}, "history, turn 1: expected [question, answer]"),
     ({"messages": "Hi"}, "messages: expected a list of turns, got a text"),
-    ({"messages": []}, "the assistant last, a system turn in front of them at most; got no turn"),
+    ({"messages": []}, "tool turns between two of the assistant; got no turn"),
     ({"messages": ["Hi"]}, "messages, turn 1: expected an object whose 'role' is one of system, user, human"),
-    ({"messages": [{"role": "tool", "content": "Hi"}]}, 'got {"role": "tool", "content": "Hi"}'),
+    ({"messages": [{"role": "cat", "content": "Hi"}]}, 'got {"role": "cat", "content": "Hi"}'),
     ({"messages": [{"from": "human", "value": "Hi"}]}, "messages, turn 1: expected an object whose 'role'"),
     ({"messages": [{"role": ["user"], "content": "Hi"}]}, "turn 1: expected an object whose 'role' is one"),
     (
@@ -437,7 +412,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_all_rows_bad_names_the_first(tmp_path):
     path = write(tmp_path, [{"prompt": "Hi"}, 3])
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: .* got prompt \(and so on: all 2 rows are bad\)"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: .* got prompt; line 2: .*got 3 \(all 2 rows are bad\)"):
         sft.load_samples(path, TOKENIZER, skip_bad_rows=True)
 
 
@@ -483,8 +458,8 @@ def test_a_rows_ids_depend_neither_on_its_neighbours_nor_on_the_file_form_nor_on
     for sample, row in zip(together, rows, strict=True):
         alone = only_sample(row, **options)
         assert (sample.input_ids, sample.labels) == (alone.input_ids, alone.labels)
-    render = templates.resolve_template(template, TOKENIZER)
-    assert together == list(sft._encode_rows(rows, TOKENIZER, render, max_length, chunk=chunk))
+    resolved = templates.resolve_template(template, TOKENIZER)
+    assert together == list(sft._encode_rows(rows, resolved, max_length, chunk=chunk))
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 80))
@@ -579,18 +554,12 @@ def test_encode_adds_what_tokenizer_json_adds_and_decode_drops_special_tokens(tm
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_template) == (BOS, EOS, None)
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({}, ids(BOS, "_Hi")),
-        ({"add_bos_token": True}, ids(BOS, "_Hi")),
-        ({"add_bos_token": False}, ids("_Hi")),
-        ({"add_eos_token": True}, ids("_Hi", EOS)),
-        ({"add_bos_token": True, "add_eos_token": True}, ids(BOS, "_Hi", EOS)),
-        ({"add_bos_token": True, "bos_token": None}, ids("_Hi")),
-    ],
-)
-def test_encode_follows_add_bos_token_and_add_eos_token(tmp_path, config, expected):
+@pytest.mark.parametrize(("config", "expected"), [
+    ({}, ids(BOS, "_Hi")), ({"add_bos_token": True}, ids(BOS, "_Hi")), ({"add_bos_token": False}, ids(BOS, "_Hi")),
+    ({"add_eos_token": True}, ids(BOS, "_Hi")),
+    ({"add_bos_token": True, "bos_token": None}, ids(BOS, "_Hi")),
+])
+def test_encode_follows_tokenizer_json_and_neither_add_bos_token_nor_add_eos_token(tmp_path, config, expected):
     tokenizer = TextTokenizer.from_pretrained(folder_with(tmp_path, tokenizer_config=NAMED | config))
     assert tokenizer.encode("Hi") == expected
 
@@ -641,11 +610,9 @@ def test_an_unreadable_tokenizer_folder_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json: not a readable tokenizer.json"):
         TextTokenizer.from_pretrained(tmp_path)
-    for config, message in (
-        ({"eos_token": "<end>"}, "eos_token '<end>' is not in the vocabulary"),
-        ({"bos_token": 5}, "bos_token 5 is not in the vocabulary"),
-        ([], r"tokenizer_config.json: expected a JSON object, got a list"),
-    ):
+    for config, message in (({"eos_token": "<end>"}, "eos_token '<end>' is not in the vocabulary"),
+                            ({"bos_token": 5}, "bos_token: expected a token, got 5"),
+                            ([], r"tokenizer_config.json: expected a JSON object, got a list")):
         with pytest.raises(ValueError, match=message):
             TextTokenizer.from_pretrained(folder_with(tmp_path, tokenizer_config=config))
     (tmp_path / "tokenizer_config.json").write_text("{")
