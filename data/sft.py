@@ -78,16 +78,36 @@ def line_of_row(path: str | Path, index: int) -> int:
 
 PAIR_FORMS = {"instruction": "output", "prompt": "response", "question": "answer"}  # question: answer
 TURN_FORMS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # list: keys of a turn
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {
+    **{"system": "system", "user": "user", "human": "user", "tool": "tool"},
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "bard", "model"), "assistant"),
+}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of the same key; transformers reads the first
+REFUSED = ("functions", "documents", "chat_template_kwargs", "images", "videos", "audios")  # not implemented
 
 
-def to_messages(row: object) -> list[dict[str, str]]:
-    """A row as [{"role": "system"|"user"|"assistant", "content": str}, ...], ending with the assistant.
+def to_messages(row: object) -> list[dict]:
+    """The messages of `to_conversation`."""
+    return to_conversation(row).messages
 
-    Forms, told apart by their keys: {instruction, input?, output}, {prompt, response}, {question, answer},
-    {messages: [{role, content}]}, {conversations: [{from, value}]}. Other keys are ignored, but for `system`
-    and `history`: a row that fills them is refused, since leaving them out would train something else.
-    Raises: ValueError: what is wrong, what was expected, what came.
+
+def to_conversation(row: object) -> Conversation:
+    """A row as a conversation that ends with the assistant.
+
+    Forms, known by their keys: {instruction, input?, output}, {prompt, response}, {question, answer},
+    {messages: [{role, content}]}, {conversations: [{from, value}]}. Keys that may stand beside them:
+
+        system      the system turn's text
+        history     of the first three forms: [[question, answer], ...], the turns before; their answers train too
+        tools       a list, or its JSON text, for the chat_template
+        of a turn   weight 0 or train false: its answer carries no label; reasoning_content, tool_calls and what else a
+                    message has: for the chat_template
+
+    What would change the conversation and is not implemented is refused; other keys are ignored.
+
+    Raises:
+        ValueError: what is wrong, what was expected, what came.
+    Source: system and history as LLaMA-Factory reads them, messages and tools as transformers' apply_chat_template.
     """
     if isinstance(row, ValueError):
         raise row
@@ -95,9 +115,9 @@ def to_messages(row: object) -> list[dict[str, str]]:
         raise ValueError(f"expected a JSON object, got {json_kind(row)}")
     if not isinstance(row.get("id"), (str, int, type(None))):
         raise ValueError(f"id: expected a text or a whole number, got {json_kind(row['id'])}")
-    for key in ("system", "history"):
+    for key in REFUSED:
         if row.get(key):
-            raise ValueError(f"key {key!r} is not supported: write the row as 'messages'")
+            raise ValueError(f"key {key!r} is not supported")
     found = [key for key in (*PAIR_FORMS, *TURN_FORMS) if key in row and PAIR_FORMS.get(key, key) in row]
     if len(found) != 1:
         wanted = " or ".join([f"{q} and {a}" for q, a in PAIR_FORMS.items()] + list(TURN_FORMS))
@@ -105,42 +125,103 @@ def to_messages(row: object) -> list[dict[str, str]]:
         raise ValueError(f"expected the keys of one form ({wanted}), got {came}")
 
     form = found[0]
-    if form in PAIR_FORMS:
-        question = row[form]
-        if form == "instruction" and row.get("input"):
-            added = _text("input", row["input"], may_be_blank=True)
-            question = _text(form, question) + "\n" + added if question else added
-        return [
-            {"role": "user", "content": _text(form, question)},
-            {"role": "assistant", "content": _text(PAIR_FORMS[form], row[PAIR_FORMS[form]])},
-        ]
+    messages, trained = _pair_messages(form, row) if form in PAIR_FORMS else _turn_messages(form, row)
+    if row.get("system"):
+        system = {"role": "system", "content": _text("system", row["system"])}
+        if messages[0]["role"] != "system":
+            messages.insert(0, system)
+        elif messages[0]["content"] != system["content"]:
+            raise ValueError(f"system: the row has another one in {form}")
+    return Conversation(messages, _tools(row), trained)
 
+
+def _pair_messages(form: str, row: dict) -> tuple[list[dict], tuple[bool, ...]]:
+    question = row[form]
+    if form == "instruction" and row.get("input"):
+        added = _text("input", row["input"], may_be_blank=True)
+        question = _text(form, question) + "\n" + added if question else added
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list):
+        raise ValueError(f"history: expected a list of [question, answer], got {json_kind(pairs)}")
+    for number, pair in enumerate(pairs, start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"history, turn {number}: expected [question, answer], got {json.dumps(pair)[:80]}")
+    texts = [(_text(f"history, turn {n}", q), _text(f"history, turn {n}", a)) for n, (q, a) in enumerate(pairs, 1)]
+    texts.append((_text(form, question), _text(PAIR_FORMS[form], row[PAIR_FORMS[form]])))
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in texts for role, text in zip(roles, pair, strict=True)], ()
+
+
+def _turn_messages(form: str, row: dict) -> tuple[list[dict], tuple[bool, ...]]:
     if not isinstance(row[form], list):
         raise ValueError(f"{form}: expected a list of turns, got {json_kind(row[form])}")
-    messages, (role_key, text_key) = [], TURN_FORMS[form]
+    if row.get("history"):
+        raise ValueError(f"key 'history' is not supported beside {form!r}")
+    messages, trained, (role_key, text_key) = [], [], TURN_FORMS[form]
     for number, turn in enumerate(row[form], start=1):
-        role = turn.get(role_key) if isinstance(turn, dict) else None
+        role, where = turn.get(role_key) if isinstance(turn, dict) else None, f"{form}, turn {number}"
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(
-                f"{form}, turn {number}: expected an object whose {role_key!r} is one of "
+                f"{where}: expected an object whose {role_key!r} is one of "
                 f"{', '.join(ROLES)}, got {json.dumps(turn)[:80]}"
             )
         if role != "system" or turn.get(text_key) != "":  # files write "no system prompt" as an empty one
-            text = _text(f"{form}, turn {number}, {text_key!r}", turn.get(text_key))
-            messages.append({"role": ROLES[role], "content": text})
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+            messages.append(_message(where, ROLES[role], text_key, turn))
+            if ROLES[role] == "assistant":
+                trained.append(turn.get("weight") != 0 and turn.get("train") is not False)
+        _check_flags(where, turn)
+    letters = "".join(message["role"][0] for message in messages)
+    if not re.fullmatch("s?(ua(t+a)*)+", letters):
+        roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
-            f"{form}: expected user and assistant in turn, the assistant last, a system turn "
-            f"in front of them at most; got {', '.join(roles) or 'no turn'}"
+            f"{form}: expected user and assistant in turn, the assistant last, a system turn in front of them at most, "
+            f"tool turns between two of the assistant; got {roles or 'no turn'}"
         )
-    return messages
+    return messages, tuple(trained)
 
 
-def to_conversation(row: object) -> Conversation:
-    """The messages of a row."""
-    return Conversation(to_messages(row))
+def _message(where: str, role: str, text_key: str, turn: dict) -> dict:
+    message = {"role": role}
+    if turn.get(text_key) is not None or not turn.get("tool_calls"):  # a call needs no text beside it
+        blank = role == "tool" or bool(turn.get("tool_calls"))
+        message["content"] = _text(f"{where}, {text_key!r}", turn.get(text_key), may_be_blank=blank)
+    ours = ("role", "content", "from", "value", "weight", "train", *THOUGHTS)
+    others = {key: value for key, value in turn.items() if value is not None and key not in ours}
+    thought = next((key for key in THOUGHTS if turn.get(key)), None)
+    if thought:
+        message["reasoning_content"] = _text(f"{where}, {thought!r}", turn[thought])
+    return message | (_plain(where, others) if others else {})
+
+
+def _check_flags(where: str, turn: dict) -> None:
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{where}: weight: expected 0 or 1, got {json_kind(weight)}")
+    if train not in (None, False, True):
+        raise ValueError(f"{where}: train: expected true or false, got {json_kind(train)}")
+
+
+def _tools(row: dict) -> list | None:
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) or None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"tools: expected a list, got a text that is no JSON: {error}") from error
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"tools: expected a list of objects, got {json_kind(tools)}")
+    return tools and _plain("tools", tools)
+
+
+def _plain(name: str, value: object) -> object:
+    """A JSON value that a chat_template can be given."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError as error:
+        raise ValueError(f"{name}: nested too deep") from error
+    if HALF_PAIR.search(text):
+        raise ValueError(f"{name}: expected Unicode text, got half of a surrogate pair")
+    return value
 
 
 HALF_PAIR = re.compile("[\ud800-\udfff]")
