@@ -132,6 +132,21 @@ class ModelConfig:
         return {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu", **raw}
 
 
+def read_config(folder: str | Path) -> ModelConfig:
+    """The configuration of a Hugging Face folder.
+
+    Where there is a generation_config.json, its EOS ids end a generated text, not config.json's.
+    """
+    folder = Path(folder)
+    raw = read_json(folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        raw["eos_token_id"] = read_json(folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
+    try:
+        return ModelConfig.from_dict(raw)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
 def positive(name: str, value: object, *kinds: type) -> float:
     """The value of a key of config.json, which must be a number above 0 (of the given kinds: int, float or both)."""
     if type(value) not in (kinds or (int, float)) or not 0 < value < math.inf:
@@ -372,22 +387,13 @@ class Transformer(nn.Module):
         The network is built on the meta device and takes each tensor as it is read from the memory-mapped
         file, so that what is allocated peaks at one model plus one tensor.
         Strict: a missing, extra, truncated or misshapen tensor is an error, as is one that is not in fp32, fp16
-        or bf16. Where there is a generation_config.json, its EOS ids end a generated text, not config.json's.
+        or bf16.
 
         Raises:
             FileNotFoundError: no such folder, config.json or weights.
             ValueError: what config.json asks for is not implemented, or the weights do not fit it.
         """
-        folder = Path(folder)
-        raw = read_json(folder / "config.json")
-        if (folder / "generation_config.json").is_file():
-            raw["eos_token_id"] = read_json(folder / "generation_config.json").get(
-                "eos_token_id", raw.get("eos_token_id")
-            )
-        try:
-            config = ModelConfig.from_dict(raw)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+        folder, config = Path(folder), read_config(folder)
         with torch.device("meta"):
             model = cls(config)
         model.source = folder

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.sft import Sample, load_samples
+from data.sft import Sample, check_token_ids, load_samples
 from data.tokenizer import TextTokenizer
 from eval import during
-from model import Transformer
+from model import Transformer, read_config
 from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, choose_samples, choose_tokens, read_side_values, row_stream
 from qtuning import num_samples_to_keep, token_mask
 from training.head import TokenLoss
@@ -208,6 +208,7 @@ def train_on(
     # Rows.
     tokenizer = TextTokenizer.from_pretrained(cfg.model)
     samples, skipped = load_samples(cfg.data, tokenizer, cfg.template, cfg.max_length, cfg.skip_bad_rows)
+    check_token_ids(cfg.data, samples, tokenizer, read_config(cfg.model).vocab_size)
     samples = change_rows(samples) if change_rows else samples
     global_batch, per_step, schedule_steps, last_step = plan(cfg, len(samples), ranks.world)
     stream, note = row_stream(cfg, samples, lambda: first_losses(model, samples, cfg, ranks, autocast))

@@ -385,6 +385,20 @@ def _conversation(row: object) -> Conversation | ValueError:
         return error
 
 
+def check_token_ids(path: str | Path, samples: list[Sample], tokenizer: TextTokenizer, vocab_size: int) -> None:
+    """Refuse rows with a token that the model has no embedding for.
+
+    Raises:
+        ValueError: the largest id is vocab_size or more.
+    """
+    largest = max(max(sample.input_ids) for sample in samples)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path}: the token {tokenizer.tokenizer.id_to_token(largest)!r} has id {largest}, but the model embeds "
+            f"{vocab_size} tokens (the tokenizer has {tokenizer.tokenizer.get_vocab_size()})"
+        )
+
+
 # -------------------------------------------------------------------------------------------------- batches
 
 

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.sft import Sample, load_samples, to_messages
+from data.sft import Sample, check_token_ids, load_samples, to_messages
 from data.templates import Conversation, Template, resolve_template
 from data.tokenizer import TextTokenizer
-from model import Transformer
+from model import Transformer, read_config
 from pruners.less import adam_direction, count_sketch, influence
 from pruners.side_files import encode_vector, open_side_file, rows_by_id
 from qtuning import IGNORE_INDEX
@@ -268,6 +268,7 @@ def values_of(args, model: Transformer, tokenizer: TextTokenizer, autocast) -> t
         targets = []
         for path in args.targets:
             rows = load_samples(path, tokenizer, args.template, args.max_length)[0]
+            check_token_ids(path, rows, tokenizer, model.config.vocab_size)
             targets.append(torch.stack([sketch.feature(model, row, autocast, adam=False) for row in rows]))
 
         def less(samples):
@@ -302,6 +303,7 @@ def score_file(args) -> None:
     autocast = torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext()
     tokenizer = TextTokenizer.from_pretrained(args.model)
     samples, _ = load_samples(args.data, tokenizer, args.template, args.max_length, args.skip_bad_rows)
+    check_token_ids(args.data, samples, tokenizer, read_config(args.model).vocab_size)
     rows_by_id(args.data)
     folder = Path(args.scores)
     keys = ("model", "adapter", "data", "template", "max_length")

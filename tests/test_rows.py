@@ -203,3 +203,10 @@ def test_a_row_of_a_json_list_is_named_by_its_number_and_id_and_by_its_line_if_t
     path.write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=r"rows.json: row 2 of 2: id 'x7': response: expected"):
         sft.load_samples(path, TOKENIZER)
+
+
+def test_a_token_that_the_model_does_not_embed_is_named_with_both_sizes():
+    samples, _ = load([GOOD], template="chatml")
+    sft.check_token_ids("rows.jsonl", samples, TOKENIZER, 132)
+    with pytest.raises(ValueError, match=r"rows.jsonl: the token '<\|im_end\|>' has id 131, but the model embeds 131 "):
+        sft.check_token_ids("rows.jsonl", samples, TOKENIZER, 131)
