@@ -15,7 +15,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.files import read_json, write_json, written_aside
+from training.files import read_json, write_json, write_text, written_aside
 
 # ------------------------------------------------------------------------------------- configuration
 
@@ -121,6 +121,11 @@ class ModelConfig:
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         )
+
+    def ending_with(self, token_id: int | None) -> ModelConfig:
+        """The same with one more EOS id, unless it has it (or token_id is None)."""
+        known = token_id is None or token_id in self.eos_token_ids
+        return self if known else replace(self, eos_token_ids=(*self.eos_token_ids, token_id))
 
     def to_dict(self) -> dict:
         """The config.json that `from_dict`, transformers and vLLM read back."""
@@ -423,11 +428,18 @@ class Transformer(nn.Module):
             model.lm_head.weight = model.model["embed_tokens"].weight  # one Parameter, not two of one storage
         return model
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        max_shard_bytes: int = 5_000_000_000,
+        tokenizer_files: dict[str, object] | None = None,
+    ) -> None:
         """Write the weights (LoRA merged, tied embeddings once), the tokenizer's files and config.json.
 
         One model.safetensors, or shards of at most max_shard_bytes (or one tensor) and their index; one shard at
-        a time is held beside the model. Weights of an earlier save into the folder are replaced.
+        a time is held beside the model. Weights of an earlier save into the folder are replaced. tokenizer_files: what
+        write_tokenizer_files takes as `files`.
         """
         tensors = {name: tensor for name, tensor in self.state_dict().items() if "lora_" not in name}
         if self.config.tie_word_embeddings:
@@ -454,9 +466,7 @@ class Transformer(nn.Module):
                 weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
                 total = sum(tensor.nbytes for tensor in tensors.values())
                 write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            for name in TOKENIZER_FILES:
-                if self.source is not None and (self.source / name).is_file():
-                    shutil.copyfile(self.source / name, new / name)
+            write_tokenizer_files(self, new, tokenizer_files or {})
             dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
             write_json(new / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
             written = {file.name for file in new.iterdir()}
@@ -471,9 +481,30 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
 )
+
+
+def write_tokenizer_files(model: Transformer, folder: Path, files: dict[str, object]) -> None:
+    """Write the tokenizer's files of the folder that the model was loaded from, and generation_config.json.
+
+    Args:
+        files: file name -> what to write in place of the copy: a text, a JSON value, or None: nothing.
+    The EOS ids of generation_config.json are those of model.config; its other keys are the source's.
+    """
+    for name in TOKENIZER_FILES:
+        if model.source is not None and (model.source / name).is_file() and name not in files:
+            shutil.copyfile(model.source / name, folder / name)
+    for name, value in files.items():
+        if value is not None:
+            write_text(folder / name, value) if isinstance(value, str) else write_json(folder / name, value)
+    path = folder / "generation_config.json"
+    eos = model.config.to_dict()["eos_token_id"]
+    generation = read_json(path) if path.is_file() else {"bos_token_id": model.config.bos_token_id}
+    if eos is not None and generation.get("eos_token_id") != eos:
+        write_json(path, {**generation, "eos_token_id": eos})
 
 
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

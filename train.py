@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.sft import Sample, check_token_ids, load_samples
+from data.templates import resolve_template
 from data.tokenizer import TextTokenizer
 from eval import during
 from model import Transformer, read_config
@@ -96,7 +97,7 @@ class Config:
     )
     eval_limit: int | None = flag(None, "score the first N rows of each set; default: all")
     log_selection: bool = flag(False, "write selection.jsonl: each step's scores, quadrants and kept tokens")
-    skip_bad_rows: bool = flag(False, "count unusable rows and continue; by default the first one ends the run")
+    skip_bad_rows: bool = flag(False, "count unusable rows and continue; by default they end the run")
 
     def __post_init__(self):
         def check(name: str, ok: bool, expected: str):
@@ -207,7 +208,8 @@ def train_on(
 
     # Rows.
     tokenizer = TextTokenizer.from_pretrained(cfg.model)
-    samples, skipped = load_samples(cfg.data, tokenizer, cfg.template, cfg.max_length, cfg.skip_bad_rows)
+    template = resolve_template(cfg.template, tokenizer)
+    samples, skipped = load_samples(cfg.data, tokenizer, template, cfg.max_length, cfg.skip_bad_rows)
     check_token_ids(cfg.data, samples, tokenizer, read_config(cfg.model).vocab_size)
     samples = change_rows(samples) if change_rows else samples
     global_batch, per_step, schedule_steps, last_step = plan(cfg, len(samples), ranks.world)
@@ -218,6 +220,7 @@ def train_on(
     # Model and optimizer. Full fine-tuning keeps fp32 weights under autocast; LoRA puts fp32 adapters on a bf16 base.
     base_dtype = torch.bfloat16 if bf16 and cfg.lora_rank else torch.float32
     model = Transformer.from_pretrained(cfg.model, dtype=base_dtype, device=device)
+    model.config = model.config.ending_with(template.end_id)
     torch.manual_seed(cfg.seed)
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, alpha=2 * cfg.lora_rank)
@@ -287,7 +290,11 @@ def train_on(
         if step % cfg.save_every == 0 or step == last_step:
             run.save(step, trainable, optimizer, stream, scorer)
     if ranks.rank == 0:
-        save_adapter(model, run.out / "adapter") if cfg.lora_rank else model.save_pretrained(run.out / "model")
+        files = tokenizer.files(template.chat_template)
+        if cfg.lora_rank:
+            save_adapter(model, run.out / "adapter", files)
+        else:
+            model.save_pretrained(run.out / "model", tokenizer_files=files)
 
 
 def plan(cfg: Config, num_samples: int, world: int) -> tuple[int, int, int, int]:

@@ -1,8 +1,13 @@
-"""LoRA (Hu et al., 2021): low-rank updates of frozen linear layers, saved and loaded in PEFT's adapter layout."""
+"""LoRA (Hu et al., 2021): low-rank updates of frozen linear layers, saved and loaded in PEFT's adapter layout.
+
+python -m training.lora merge BASE ADAPTER OUT      writes the model that BASE with ADAPTER is, in one folder
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import Transformer, checkpoint_tensors
+from model import TOKENIZER_FILES, Transformer, checkpoint_tensors, write_tokenizer_files
 from training.files import read_json, write_json, written_aside
 
 
@@ -70,8 +75,11 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: tuple[str, ..
     return model
 
 
-def save_adapter(model: Transformer, folder: str | Path) -> None:
-    """Write the LoRA weights in PEFT's layout: adapter_model.safetensors and adapter_config.json."""
+def save_adapter(model: Transformer, folder: str | Path, files: dict[str, object] | None = None) -> None:
+    """Write the LoRA weights in PEFT's layout: adapter_model.safetensors and adapter_config.json.
+
+    The tokenizer's files stand beside them. files: as in model.write_tokenizer_files.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRA layers to save; call add_lora first")
@@ -95,6 +103,7 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
     }
     with written_aside(folder) as new:
         save_file(state, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_tokenizer_files(model, new, files or {})
         write_json(new / "adapter_config.json", config)
 
 
@@ -137,4 +146,57 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
                 want, got = tuple(parameter.shape), tuple(found[name].shape)
                 raise ValueError(f"{folder}: adapter tensor {name!r} must have shape {want}, got {got}")
             parameter.copy_(found[name])
+    join_end_tokens(model, folder)
     return model
+
+
+def join_end_tokens(model: Transformer, folder: Path) -> None:
+    """Let the EOS ids of an adapter's generation_config.json end the model's answers too."""
+    if (folder / "generation_config.json").is_file():
+        ids = read_json(folder / "generation_config.json").get("eos_token_id")
+        for token_id in ids if isinstance(ids, list) else [ids]:
+            model.config = model.config.ending_with(token_id)
+
+
+def merge(base: str | Path, adapter: str | Path, out: str | Path) -> None:
+    """Write the base model with the adapter merged into its weights, in the dtype that they are stored in.
+
+    The tokenizer's files and the chat template are the adapter's where it has them, else the base's.
+
+    Raises:
+        FileNotFoundError, ValueError: as in from_pretrained and load_adapter; or `out` is not an empty folder.
+    """
+    base, adapter, out = Path(base), Path(adapter), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: expected a new or empty folder")
+    raw = read_json(base / "config.json")
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(name)
+    if dtype is None:
+        raise ValueError(f"{base / 'config.json'}: torch_dtype {name!r} is not implemented")
+    model = load_adapter(Transformer.from_pretrained(base, dtype=dtype), adapter)
+    own = [name for name in TOKENIZER_FILES if (adapter / name).is_file() and name != "generation_config.json"]
+    files: dict[str, object] = {name: (adapter / name).read_text(encoding="utf-8") for name in own}
+    if "tokenizer_config.json" in own:
+        files.setdefault("chat_template.jinja", None)
+    model.save_pretrained(out, tokenizer_files=files)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command = parser.add_subparsers(required=True).add_parser("merge", help=merge.__doc__.splitlines()[0])
+    command.add_argument("base", metavar="BASE", help="model folder in Hugging Face layout")
+    command.add_argument("adapter", metavar="ADAPTER", help="adapter folder in PEFT layout")
+    command.add_argument("out", metavar="OUT", help="folder to write, new or empty")
+    args = parser.parse_args(argv)
+    try:
+        merge(args.base, args.adapter, args.out)
+    except (ValueError, OSError) as error:
+        print(f"training.lora: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
