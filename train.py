@@ -211,6 +211,8 @@ def train_on(
     template = resolve_template(cfg.template, tokenizer)
     samples, skipped = load_samples(cfg.data, tokenizer, template, cfg.max_length, cfg.skip_bad_rows)
     check_token_ids(cfg.data, samples, tokenizer, read_config(cfg.model).vocab_size)
+    end_id, tokenizer_files = template.end_id, tokenizer.files(template.chat_template)
+    del template  # ends the process that renders chat templates
     samples = change_rows(samples) if change_rows else samples
     global_batch, per_step, schedule_steps, last_step = plan(cfg, len(samples), ranks.world)
     stream, note = row_stream(cfg, samples, lambda: first_losses(model, samples, cfg, ranks, autocast))
@@ -220,7 +222,7 @@ def train_on(
     # Model and optimizer. Full fine-tuning keeps fp32 weights under autocast; LoRA puts fp32 adapters on a bf16 base.
     base_dtype = torch.bfloat16 if bf16 and cfg.lora_rank else torch.float32
     model = Transformer.from_pretrained(cfg.model, dtype=base_dtype, device=device)
-    model.config = model.config.ending_with(template.end_id)
+    model.config = model.config.ending_with(end_id)
     torch.manual_seed(cfg.seed)
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank, alpha=2 * cfg.lora_rank)
@@ -290,11 +292,10 @@ def train_on(
         if step % cfg.save_every == 0 or step == last_step:
             run.save(step, trainable, optimizer, stream, scorer)
     if ranks.rank == 0:
-        files = tokenizer.files(template.chat_template)
         if cfg.lora_rank:
-            save_adapter(model, run.out / "adapter", files)
+            save_adapter(model, run.out / "adapter", tokenizer_files)
         else:
-            model.save_pretrained(run.out / "model", tokenizer_files=files)
+            model.save_pretrained(run.out / "model", tokenizer_files=tokenizer_files)
 
 
 def plan(cfg: Config, num_samples: int, world: int) -> tuple[int, int, int, int]:

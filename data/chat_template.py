@@ -111,8 +111,9 @@ WAY_OUT = "; name another --template"
 
 
 def _end(process: subprocess.Popen) -> None:
-    process.stdin.close()
     process.kill()
+    with contextlib.suppress(BrokenPipeError):  # closing sends what was not sent
+        process.stdin.close()
     process.wait()
     process.stdout.close()
 
