@@ -90,20 +90,39 @@ EXPECTED = {  # template: (prompt ids, answer ids) of the question "Hi" and the 
     "default": (ids("_Human: Hi", EOS, "_\nAssistant:"), ids("_Yes", EOS, "_\n")),
 }
 EXPECTED_TURNS = {  # template: prompt, answer, prompt, answer ids of system "Be", "Hi", "Yes", "So", "No"
-    "llama2": (ids(BOS, "_[INST] <<SYS>>\nBe\n<</SYS>>\n\nHi [/INST]"), ids("_Yes", EOS),
-               ids(BOS, "_[INST] So [/INST]"), ids("_No", EOS)),
-    "mistral": (ids(BOS, "_[INST] Be\n\nHi[/INST]"), ids("_ Yes", EOS),
-                ids("_[INST] So[/INST]"), ids("_ No", EOS)),
-    "llama3": (ids(BOS, 132, "_system", 133, "_\n\nBe", 134, 132, "_user", 133, "_\n\nHi", 134,
-                   132, "_assistant", 133, "_\n\n"), ids("_Yes", 134),
-               ids(132, "_user", 133, "_\n\nSo", 134, 132, "_assistant", 133, "_\n\n"), ids("_No", 134)),
-    "chatml": (ids(130, "_system\nBe", 131, "_\n", 130, "_user\nHi", 131, "_\n", 130, "_assistant\n"),
-               ids("_Yes", 131, "_\n"),
-               ids(130, "_user\nSo", 131, "_\n", 130, "_assistant\n"), ids("_No", 131, "_\n")),
-    "alpaca": (ids("_Be", "_### Instruction:\nHi\n\n### Response:\n"), ids("_Yes", EOS, "_\n\n"),
-               ids("_### Instruction:\nSo\n\n### Response:\n"), ids("_No", EOS, "_\n\n")),
-    "default": (ids("_System: Be", EOS, "_\n", "_Human: Hi", EOS, "_\nAssistant:"), ids("_Yes", EOS, "_\n"),
-                ids("_Human: So", EOS, "_\nAssistant:"), ids("_No", EOS, "_\n")),
+    "llama2": (
+        ids(BOS, "_[INST] <<SYS>>\nBe\n<</SYS>>\n\nHi [/INST]"),
+        ids("_Yes", EOS),
+        ids(BOS, "_[INST] So [/INST]"),
+        ids("_No", EOS),
+    ),
+    "mistral": (ids(BOS, "_[INST] Be\n\nHi[/INST]"), ids("_ Yes", EOS), ids("_[INST] So[/INST]"), ids("_ No", EOS)),
+    "llama3": (
+        ids(
+            BOS, 132, "_system", 133, "_\n\nBe", 134, 132, "_user", 133, "_\n\nHi", 134, 132, "_assistant", 133, "_\n\n"
+        ),
+        ids("_Yes", 134),
+        ids(132, "_user", 133, "_\n\nSo", 134, 132, "_assistant", 133, "_\n\n"),
+        ids("_No", 134),
+    ),
+    "chatml": (
+        ids(130, "_system\nBe", 131, "_\n", 130, "_user\nHi", 131, "_\n", 130, "_assistant\n"),
+        ids("_Yes", 131, "_\n"),
+        ids(130, "_user\nSo", 131, "_\n", 130, "_assistant\n"),
+        ids("_No", 131, "_\n"),
+    ),
+    "alpaca": (
+        ids("_Be", "_### Instruction:\nHi\n\n### Response:\n"),
+        ids("_Yes", EOS, "_\n\n"),
+        ids("_### Instruction:\nSo\n\n### Response:\n"),
+        ids("_No", EOS, "_\n\n"),
+    ),
+    "default": (
+        ids("_System: Be", EOS, "_\n", "_Human: Hi", EOS, "_\nAssistant:"),
+        ids("_Yes", EOS, "_\n"),
+        ids("_Human: So", EOS, "_\nAssistant:"),
+        ids("_No", EOS, "_\n"),
+    ),
 }
 
 
@@ -183,10 +202,12 @@ def test_auto_without_a_chat_template_is_the_default_template():
 
 
 def test_a_chat_template_sees_no_tools_and_no_clock_and_tojson_does_not_escape_html():
-    chat = with_chat_template("{{ tools is none }} {{ strftime_now is defined }}"
-                              "{% for m in messages %}{{ m.content | tojson }}{% endfor %}")
-    assert_is(only_sample({"prompt": "<é>", "response": "Yes"}, tokenizer=chat),
-              ids('_True False"<', UNK, '>"'), ids('"Yes"'))
+    chat = with_chat_template(
+        "{{ tools is none }} {{ strftime_now is defined }}{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    )
+    assert_is(
+        only_sample({"prompt": "<é>", "response": "Yes"}, tokenizer=chat), ids('_True False"<', UNK, '>"'), ids('"Yes"')
+    )
 
 
 def test_a_row_that_the_chat_template_refuses_is_a_bad_row():
@@ -212,8 +233,10 @@ def test_a_chat_template_whose_answers_cannot_be_located_is_refused(source):
 
 
 def test_a_chat_template_that_rewrites_earlier_turns_is_refused_only_where_it_does():
-    thinks = with_chat_template("{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A{% else %}"
-                                "{% if loop.last %}(think){% endif %}{{ m.content }}{% endif %}{% endfor %}")
+    thinks = with_chat_template(
+        "{% for m in messages %}{% if m.role == 'user' %}U{{ m.content }}A{% else %}"
+        "{% if loop.last %}(think){% endif %}{{ m.content }}{% endif %}{% endfor %}"
+    )
     assert_is(only_sample(spoken("Hi", "Yes"), tokenizer=thinks), ids("_UHiA"), ids("(think)Yes"))
     with pytest.raises(ValueError, match="turn 2 as a continuation"):
         only_sample(spoken("Hi", "Yes", "So", "No"), tokenizer=thinks)
@@ -430,9 +453,11 @@ def test_only_a_line_feed_ends_a_line_and_marks_and_blank_lines_are_skipped(tmp_
 # --------------------------------------------------------------------------------------------- properties
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
-conversation = st.builds(lambda system, turns: spoken(*system, *(t for turn in turns for t in turn)),
-                         st.lists(st.tuples(st.just("system"), text), max_size=1),
-                         st.lists(st.tuples(text, text), min_size=1, max_size=3))
+conversation = st.builds(
+    lambda system, turns: spoken(*system, *(t for turn in turns for t in turn)),
+    st.lists(st.tuples(st.just("system"), text), max_size=1),
+    st.lists(st.tuples(text, text), min_size=1, max_size=3),
+)
 template = st.sampled_from(list(templates.TEMPLATES))
 
 
@@ -554,11 +579,16 @@ def test_encode_adds_what_tokenizer_json_adds_and_decode_drops_special_tokens(tm
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_template) == (BOS, EOS, None)
 
 
-@pytest.mark.parametrize(("config", "expected"), [
-    ({}, ids(BOS, "_Hi")), ({"add_bos_token": True}, ids(BOS, "_Hi")), ({"add_bos_token": False}, ids(BOS, "_Hi")),
-    ({"add_eos_token": True}, ids(BOS, "_Hi")),
-    ({"add_bos_token": True, "bos_token": None}, ids(BOS, "_Hi")),
-])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, ids(BOS, "_Hi")),
+        ({"add_bos_token": True}, ids(BOS, "_Hi")),
+        ({"add_bos_token": False}, ids(BOS, "_Hi")),
+        ({"add_eos_token": True}, ids(BOS, "_Hi")),
+        ({"add_bos_token": True, "bos_token": None}, ids(BOS, "_Hi")),
+    ],
+)
 def test_encode_follows_tokenizer_json_and_neither_add_bos_token_nor_add_eos_token(tmp_path, config, expected):
     tokenizer = TextTokenizer.from_pretrained(folder_with(tmp_path, tokenizer_config=NAMED | config))
     assert tokenizer.encode("Hi") == expected
@@ -610,9 +640,11 @@ def test_an_unreadable_tokenizer_folder_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json: not a readable tokenizer.json"):
         TextTokenizer.from_pretrained(tmp_path)
-    for config, message in (({"eos_token": "<end>"}, "eos_token '<end>' is not in the vocabulary"),
-                            ({"bos_token": 5}, "bos_token: expected a token, got 5"),
-                            ([], r"tokenizer_config.json: expected a JSON object, got a list")):
+    for config, message in (
+        ({"eos_token": "<end>"}, "eos_token '<end>' is not in the vocabulary"),
+        ({"bos_token": 5}, "bos_token: expected a token, got 5"),
+        ([], r"tokenizer_config.json: expected a JSON object, got a list"),
+    ):
         with pytest.raises(ValueError, match=message):
             TextTokenizer.from_pretrained(folder_with(tmp_path, tokenizer_config=config))
     (tmp_path / "tokenizer_config.json").write_text("{")
