@@ -15,7 +15,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.files import read_json, write_json, written_aside
+from training.files import read_object, shown, shown_key, write_json, written_aside
 
 # ------------------------------------------------------------------------------------- configuration
 
@@ -66,12 +66,15 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> ModelConfig:
-        """Read a parsed config.json; ValueError names the key that is missing or asks for what we lack."""
+        """The configuration of a parsed config.json.
+
+        Raises:
+            ValueError: a key is missing, of the wrong type, or asks for what we lack, by name.
+        """
         family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise ValueError(
-                f"config.json: model_type {family!r} is not implemented; expected one of {', '.join(FAMILIES)}"
-            )
+        if not isinstance(family, str) or family not in FAMILIES:
+            expected = ", ".join(FAMILIES)
+            raise ValueError(f"config.json: model_type {shown(family)} is not implemented; expected one of {expected}")
         raw = {**FAMILIES[family], **raw}
 
         def size(key: str, default: int | None = None) -> int:
@@ -88,10 +91,12 @@ class ModelConfig:
             "quantization_config": None,
         }
         if raw.get("layer_types"):  # written by transformers 5; ours are all of one kind
-            only_value["layer_types"] = ["sliding_attention" if window else "full_attention"] * len(raw["layer_types"])
+            num_layers = len(raw["layer_types"]) if isinstance(raw["layer_types"], list) else 1
+            only_value["layer_types"] = ["sliding_attention" if window else "full_attention"] * num_layers
         for key, value in only_value.items():
             if raw.get(key, value) != value:
-                raise ValueError(f"config.json: {key} = {raw[key]!r} is not implemented; expected {value!r}")
+                got, expected = shown(raw[key]), shown(value)
+                raise ValueError(f"config.json: {key} = {got} is not implemented; expected {expected}")
         heads, hidden = size("num_attention_heads"), size("hidden_size")
         kv_heads = size("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -101,8 +106,12 @@ class ModelConfig:
         head_dim = size("head_dim", hidden // heads)
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim must be even for rotary positions, got {head_dim}")
+        tied, bos = raw.get("tie_word_embeddings"), raw.get("bos_token_id")
+        if not isinstance(tied, bool | None):
+            raise ValueError(f"config.json: tie_word_embeddings must be true or false, got {shown(tied)}")
+        if type(bos) not in (int, type(None)):
+            raise ValueError(f"config.json: bos_token_id must be an integer or null, got {shown(bos)}")
         rope_theta, rope_scaling = read_rope(raw)
-        eos = raw.get("eos_token_id")
         return cls(
             vocab_size=size("vocab_size"),
             hidden_size=hidden,
@@ -117,9 +126,9 @@ class ModelConfig:
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             sliding_window=window,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            tie_word_embeddings=bool(tied),
+            bos_token_id=bos,
+            eos_token_ids=read_eos(raw, "config.json"),
         )
 
     def to_dict(self) -> dict:
@@ -133,35 +142,58 @@ class ModelConfig:
 
 
 def positive(name: str, value: object, *kinds: type) -> float:
-    """The value of a key of config.json, which must be a number above 0 (of the given kinds: int, float or both)."""
-    if type(value) not in (kinds or (int, float)) or not 0 < value < math.inf:
+    """The value of a key of config.json, which must be a number above 0 (of the given kinds: int, float or both).
+
+    Python's JSON has NaN, Infinity and integers of any length; torch's have 64 bits.
+    """
+    if type(value) not in (kinds or (int, float)) or not 0 < value < (2**63 if type(value) is int else math.inf):
         what = "integer" if kinds == (int,) else "number"
-        raise ValueError(f"config.json: {name} must be a positive {what}, got {value!r}")
+        raise ValueError(f"config.json: {name} must be a positive {what}, got {shown(value)}")
     return value
+
+
+def read_eos(raw: dict, file: str) -> tuple[int, ...]:
+    """eos_token_id of a parsed config.json or generation_config.json: an integer, a list of them, or null."""
+    eos = raw.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token_id) is int for token_id in ids):
+        raise ValueError(f"{file}: eos_token_id must be an integer, a list of integers or null, got {shown(eos)}")
+    return tuple(ids)
 
 
 def read_rope(raw: dict) -> tuple[float, dict | None]:
     """rope_theta and rope_scaling of a config.json.
 
-    `rope_parameters` (transformers 5) holds both; before it rope_theta stood outside of `rope_scaling`, whose
-    rope_type was spelled `type` still earlier. Refused by name: other rope types, keys we do not know.
+    `rope_parameters` (transformers 5) holds both. Earlier files have rope_theta outside of `rope_scaling`; the
+    earliest spell its rope_type `type`. Refused by name: other rope types, keys that we do not know.
     """
-    spellings = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
+    spellings = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key) is not None]
+    for key in spellings:
+        if not isinstance(raw[key], dict):
+            raise ValueError(f"config.json: {key} must be an object or null, got {shown(raw[key])}")
+        for inner, value in raw[key].items():
+            if isinstance(value, dict | list):
+                raise ValueError(f"config.json: {key}: {shown_key(inner)} = {shown(value)} is not implemented")
+    spellings = [key for key in spellings if raw[key]]
     if len(spellings) == 2 and raw["rope_scaling"] != raw["rope_parameters"]:
         raise ValueError("config.json: rope_scaling and rope_parameters are both there and differ; expected one")
     where = spellings[0] if spellings else "rope_theta"
     rope = dict(raw[where]) if spellings else {}
 
-    theta = float(positive("rope_theta", rope.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0))
+    thetas = [theta for theta in (rope.pop("rope_theta", None), raw.get("rope_theta")) if theta is not None]
+    theta = float(positive("rope_theta", thetas[0] if thetas else 10_000.0))
     old_spelling = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_spelling)
     if rope_type not in ROPE_SCALING:
-        known = ", ".join(ROPE_SCALING)
-        raise ValueError(f"config.json: {where}: rope_type {rope_type!r} is not implemented; expected one of {known}")
+        got, known = shown(rope_type), ", ".join(ROPE_SCALING)
+        raise ValueError(f"config.json: {where}: rope_type {got} is not implemented; expected one of {known}")
     scaling = {key: positive(f"{where}: {key}", rope.pop(key, None)) for key in ROPE_SCALING[rope_type]}
+    if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError(f"config.json: {where}: high_freq_factor must be above low_freq_factor, got {scaling}")
     for key, value in rope.items():
         if (key, value) != ("partial_rotary_factor", 1):
-            raise ValueError(f"config.json: {where}: {key} = {value!r} is not implemented for rope_type {rope_type!r}")
+            what = f"{shown_key(key)} = {shown(value)}"
+            raise ValueError(f"config.json: {where}: {what} is not implemented for rope_type {rope_type!r}")
     return theta, {"rope_type": rope_type, **scaling} if scaling else None
 
 
@@ -379,13 +411,13 @@ class Transformer(nn.Module):
             ValueError: what config.json asks for is not implemented, or the weights do not fit it.
         """
         folder = Path(folder)
-        raw = read_json(folder / "config.json")
-        if (folder / "generation_config.json").is_file():
-            raw["eos_token_id"] = read_json(folder / "generation_config.json").get(
-                "eos_token_id", raw.get("eos_token_id")
-            )
+        raw = read_object(folder / "config.json")
+        generation = folder / "generation_config.json"
+        generation = read_object(generation) if generation.is_file() else {}
         try:
             config = ModelConfig.from_dict(raw)
+            if "eos_token_id" in generation:
+                config = replace(config, eos_token_ids=read_eos(generation, "generation_config.json"))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         with torch.device("meta"):
@@ -474,7 +506,7 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Each (name, tensor) of a folder's .safetensors files, one at a time."""
     index = folder / INDEX
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: expected a 'weight_map' of tensor names to files, got {weight_map!r}")
         files = sorted(set(weight_map.values()))
