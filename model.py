@@ -14,17 +14,25 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training.files import read_object, shown, shown_key, write_json, written_aside
+from training.model_folder import (
+    FLOATS,
+    INDEX,
+    Header,
+    checkpoint_tensors,
+    tensor_headers,
+    tokenizer_files,
+    weight_files,
+)
 
 # ------------------------------------------------------------------------------------- configuration
 
@@ -401,10 +409,12 @@ class Transformer(nn.Module):
     ) -> Transformer:
         """Load a Hugging Face folder: config.json and one .safetensors file or a sharded index.
 
-        The network is built on the meta device and takes each tensor as it is read from the memory-mapped
-        file, so that what is allocated peaks at one model plus one tensor.
+        Sizes, names, shapes and types are checked on the headers of the files, before memory is taken. The network
+        is then built on the meta device and takes each tensor as it is read from the memory-mapped file, so that
+        what is allocated peaks at one model plus one tensor.
         Strict: a missing, extra, truncated or misshapen tensor is an error, as is one that is not in fp32, fp16
-        or bf16. Where there is a generation_config.json, its EOS ids end a generated text, not config.json's.
+        or bf16. Tied embeddings may be stored under either name. Where there is a generation_config.json, its EOS
+        ids end a generated text, not config.json's.
 
         Raises:
             FileNotFoundError: no such folder, config.json or weights.
@@ -420,32 +430,41 @@ class Transformer(nn.Module):
                 config = replace(config, eos_token_ids=read_eos(generation, "generation_config.json"))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
+        files = weight_files(folder)
+        stored = {
+            name: header
+            for name, header in tensor_headers(files).items()
+            if not name.endswith("rotary_emb.inv_freq")  # older checkpoints store it; config.json determines it
+        }
+        check_sizes(folder, config, stored)
         with torch.device("meta"):
             model = cls(config)
         model.source = folder
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        state = {}
-        for name, tensor in checkpoint_tensors(folder):
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # older checkpoints store these angles; config.json determines them
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied = TIED if config.tie_word_embeddings else ()
+        for name, (shape, stored_as) in stored.items():
             if name not in expected:
-                raise ValueError(f"{folder}: unexpected tensor {name!r}")
-            if tensor.shape != expected[name]:
-                want, got = tuple(expected[name]), tuple(tensor.shape)
+                raise ValueError(f"{folder}: unexpected tensor {shown(name)}")
+            if shape != expected[name]:
+                want, got = expected[name], shown(shape)
                 raise ValueError(f"{folder}: tensor {name!r} must have shape {want} by config.json, got {got}")
-            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ValueError(f"{folder}: tensor {name!r} must be fp32, fp16 or bf16, got {tensor.dtype}")
-            state[name] = tensor.to(device=device, dtype=dtype)
-        if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
-            embedding = state["model.embed_tokens.weight"]
-            if not torch.equal(state.get("lm_head.weight", embedding), embedding):
-                raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
-            state["lm_head.weight"] = embedding
-        missing = [name for name in expected if name not in state]
+            if stored_as not in FLOATS:
+                raise ValueError(f"{folder}: tensor {name!r} must be fp32, fp16 or bf16, got {stored_as}")
+        missing = [name for name in expected if name not in stored and name not in tied]  # check_sizes found one tied
         if missing:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+        state = {
+            name: tensor.to(device=device, dtype=dtype)
+            for name, tensor in checkpoint_tensors(files)
+            if name in expected
+        }
+        if tied:
+            embedding, head = (state.get(name) for name in TIED)
+            if embedding is not None and head is not None and not torch.equal(embedding, head):
+                raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
+            state |= dict.fromkeys(TIED, head if embedding is None else embedding)
         model.load_state_dict(state, assign=True)
-        if config.tie_word_embeddings:
+        if tied:
             model.lm_head.weight = model.model["embed_tokens"].weight  # one Parameter, not two of one storage
         return model
 
@@ -454,7 +473,11 @@ class Transformer(nn.Module):
 
         One model.safetensors, or shards of at most max_shard_bytes (or one tensor) and their index; one shard at
         a time is held beside the model. Weights of an earlier save into the folder are replaced.
+
+        Raises:
+            ValueError: a tokenizer's file is a link that `tokenizer_files` refuses.
         """
+        copied = tokenizer_files(self.source) if self.source else []
         tensors = {name: tensor for name, tensor in self.state_dict().items() if "lora_" not in name}
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
@@ -480,9 +503,8 @@ class Transformer(nn.Module):
                 weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
                 total = sum(tensor.nbytes for tensor in tensors.values())
                 write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            for name in TOKENIZER_FILES:
-                if self.source is not None and (self.source / name).is_file():
-                    shutil.copyfile(self.source / name, new / name)
+            for file in copied:
+                shutil.copyfile(file, new / file.name)
             dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
             write_json(new / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
             written = {file.name for file in new.iterdir()}
@@ -491,37 +513,32 @@ class Transformer(nn.Module):
                 file.unlink()
 
 
-INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+TIED = ("model.embed_tokens.weight", "lm_head.weight")  # one tensor where tie_word_embeddings is true
 
 
-def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Each (name, tensor) of a folder's .safetensors files, one at a time."""
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: expected a 'weight_map' of tensor names to files, got {weight_map!r}")
-        files = sorted(set(weight_map.values()))
-    elif (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-        if len(files) != 1:
-            raise FileNotFoundError(
-                f"{folder}: expected model.safetensors, {INDEX} or one other .safetensors file, found {len(files)}"
-            )
-    for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / file}: not a whole safetensors file ({error})") from None
+def check_sizes(folder: Path, config: ModelConfig, stored: dict[str, Header]) -> None:
+    """ValueError where a size in config.json is not that of the weights, by key.
+
+    It reads headers only, and comes before a network is built: sizes that no tensor has could take any time and
+    memory.
+    """
+    layers = {name.split(".")[2] for name in stored if re.match(r"model\.layers\.\d+\.", name)}
+    if len(layers) != config.num_hidden_layers:
+        expected, got = config.num_hidden_layers, len(layers)
+        raise ValueError(f"{folder}: config.json: num_hidden_layers is {expected}, but the weights hold {got}")
+    embedding = next((name for name in TIED if name in stored), TIED[0])
+    q, k, gate = (f"model.layers.0.{name}_proj.weight" for name in ("self_attn.q", "self_attn.k", "mlp.gate"))
+    for key, expected, name, axis in (
+        ("vocab_size", config.vocab_size, embedding, 0),
+        ("hidden_size", config.hidden_size, embedding, 1),
+        ("num_attention_heads x head_dim", config.num_attention_heads * config.head_dim, q, 0),
+        ("num_key_value_heads x head_dim", config.num_key_value_heads * config.head_dim, k, 0),
+        ("intermediate_size", config.intermediate_size, gate, 0),
+    ):
+        shape, _ = stored.get(name, (None, None))
+        if shape is None:
+            raise ValueError(f"{folder}: tensor {name!r} is missing")
+        if len(shape) != 2 or shape[axis] != expected:
+            got = f"tensor {name!r} has shape {shown(shape)}"
+            raise ValueError(f"{folder}: config.json: {key} is {expected}, but {got}")

@@ -38,6 +38,7 @@ from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, choose_samples, choose_tokens
 from qtuning import num_samples_to_keep, token_mask
 from training.head import TokenLoss
 from training.lora import add_lora, save_adapter
+from training.model_folder import tokenizer_files
 from training.ranks import Ranks, chosen_device
 from training.run_folder import Run
 from training.scoring import Scorer, kept_batches, mean_nll
@@ -202,6 +203,7 @@ def train_on(
 
     # Rows.
     tokenizer = TextTokenizer.from_pretrained(cfg.model)
+    tokenizer_files(Path(cfg.model))  # a link that the end of the run could not copy is refused now
     samples, skipped = load_samples(cfg.data, tokenizer, cfg.template, cfg.max_length, cfg.skip_bad_rows)
     samples = change_rows(samples) if change_rows else samples
     global_batch, per_step, schedule_steps, last_step = plan(cfg, len(samples), ranks.world)

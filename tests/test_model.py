@@ -436,7 +436,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         r"unexpected tensor 'model.layers.1.self_attn.q_norm.weight'": lambda s: s.update(
             {"model.layers.1.self_attn.q_norm.weight": torch.ones(4)}
         ),
-        r"'model.norm.weight' must be fp32, fp16 or bf16, got torch.int8": lambda s: s.update({norm: s[norm].char()}),
+        r"'model.norm.weight' must be fp32, fp16 or bf16, got I8": lambda s: s.update({norm: s[norm].char()}),
         r"q_proj.weight' must have shape \(16, 16\) by config.json, got \(8, 16\)": lambda s: s.update({q: s[q][:8]}),
     }
     for i, (message, change) in enumerate(cases.items()):
@@ -555,7 +555,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path):
 
     refuse("use_dora = True is not implemented", use_dora=True)
     refuse("lora_alpha must be a number, got None", lora_alpha=None)
-    refuse("target_modules must be a list", target_modules="all-linear")
+    refuse("target_modules must be a list", target_modules=7)
     refuse("LoRA targets must be among .* got embed_tokens", target_modules=["embed_tokens"])
     refuse("lora_A.weight' must have shape", r=2)
     refuse("is unexpected", target_modules=["q_proj"])

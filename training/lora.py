@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import Transformer, checkpoint_tensors
-from training.files import read_json, write_json, written_aside
+from model import Transformer
+from training.files import read_object, write_json, written_aside
+from training.model_folder import checkpoint_tensors
 
 
 class LoRALinear(nn.Linear):
@@ -106,7 +107,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
         ValueError: the adapter asks for what we lack, or its tensors do not fit the model.
     """
     folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
+    config = read_object(folder / "adapter_config.json")
     only_value = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
     for key, value in only_value.items():
         if config.get(key, value) != value:
@@ -127,7 +128,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
         if isinstance(module, LoRALinear)
         for part in ("lora_A", "lora_B")
     }
-    found = dict(checkpoint_tensors(folder))
+    found = dict(checkpoint_tensors([folder / "adapter_model.safetensors"]))
     if found.keys() != expected.keys():
         odd = min(found.keys() ^ expected.keys())
         raise ValueError(f"{folder}: adapter tensor {odd!r} is {'unexpected' if odd in found else 'missing'}")
