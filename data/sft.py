@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.tokenizer import TextTokenizer, json_kind
+from data.tokenizer import TextTokenizer
 from qtuning import IGNORE_INDEX
+from training.files import json_kind
 
 # ------------------------------------------------------------------------------------------ rows of a file
 

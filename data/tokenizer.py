@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
+
+from training.files import read_object
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class TextTokenizer:
 
         config, special_tokens = {}, {}
         if (folder / "tokenizer_config.json").is_file():
-            config = _read_object(folder / "tokenizer_config.json")
+            config = read_object(folder / "tokenizer_config.json")
             for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
                 token = config.get(name)
                 special_tokens[name] = token.get("content") if isinstance(token, dict) else token
         elif (folder / "config.json").is_file():
-            model_config = _read_object(folder / "config.json")
+            model_config = read_object(folder / "config.json")
             for name in ("bos_token", "eos_token"):
                 ids = model_config.get(f"{name}_id")
                 first = ids[0] if isinstance(ids, list) and ids else ids
@@ -101,19 +102,3 @@ class TextTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _read_object(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {json_kind(value)}")
-    return value
-
-
-def json_kind(value: object) -> str:
-    """What a JSON value is, for messages."""
-    names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    return names.get(type(value), json.dumps(value))
