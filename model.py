@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from training.files import read_object, shown, shown_key, write_json, written_aside
 from training.model_folder import (
-    FLOATS,
     INDEX,
     Header,
+    check_header,
     checkpoint_tensors,
     tensor_headers,
     tokenizer_files,
@@ -442,14 +442,10 @@ class Transformer(nn.Module):
         model.source = folder
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tied = TIED if config.tie_word_embeddings else ()
-        for name, (shape, stored_as) in stored.items():
+        for name, header in stored.items():
             if name not in expected:
-                raise ValueError(f"{folder}: unexpected tensor {shown(name)}")
-            if shape != expected[name]:
-                want, got = expected[name], shown(shape)
-                raise ValueError(f"{folder}: tensor {name!r} must have shape {want} by config.json, got {got}")
-            if stored_as not in FLOATS:
-                raise ValueError(f"{folder}: tensor {name!r} must be fp32, fp16 or bf16, got {stored_as}")
+                raise ValueError(f"{header.file}: unexpected tensor {shown(name)}")
+            check_header(name, header, expected[name], "config.json")
         missing = [name for name in expected if name not in stored and name not in tied]  # check_sizes found one tied
         if missing:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
@@ -461,7 +457,9 @@ class Transformer(nn.Module):
         if tied:
             embedding, head = (state.get(name) for name in TIED)
             if embedding is not None and head is not None and not torch.equal(embedding, head):
-                raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
+                raise ValueError(
+                    f"{folder}: config.json: tie_word_embeddings is true, but lm_head and embed_tokens differ"
+                )
             state |= dict.fromkeys(TIED, head if embedding is None else embedding)
         model.load_state_dict(state, assign=True)
         if tied:
@@ -520,8 +518,8 @@ TIED = ("model.embed_tokens.weight", "lm_head.weight")  # one tensor where tie_w
 def check_sizes(folder: Path, config: ModelConfig, stored: dict[str, Header]) -> None:
     """ValueError where a size in config.json is not that of the weights, by key.
 
-    It reads headers only, and comes before a network is built: sizes that no tensor has could take any time and
-    memory.
+    It reads headers alone and comes before the network is built, which for sizes that the weights do not have could
+    take any amount of time and memory.
     """
     layers = {name.split(".")[2] for name in stored if re.match(r"model\.layers\.\d+\.", name)}
     if len(layers) != config.num_hidden_layers:
@@ -536,9 +534,9 @@ def check_sizes(folder: Path, config: ModelConfig, stored: dict[str, Header]) ->
         ("num_key_value_heads x head_dim", config.num_key_value_heads * config.head_dim, k, 0),
         ("intermediate_size", config.intermediate_size, gate, 0),
     ):
-        shape, _ = stored.get(name, (None, None))
-        if shape is None:
+        if name not in stored:
             raise ValueError(f"{folder}: tensor {name!r} is missing")
+        shape = stored[name].shape
         if len(shape) != 2 or shape[axis] != expected:
             got = f"tensor {name!r} has shape {shown(shape)}"
             raise ValueError(f"{folder}: config.json: {key} is {expected}, but {got}")

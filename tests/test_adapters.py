@@ -159,10 +159,10 @@ def test_an_adapter_of_some_layers_is_saved_and_loaded(tmp_path, targets):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_modules": ["q_proj"]}, r"adapter tensor '.*down_proj\.lora_A\.weight' is unexpected"),
-        ({"target_modules": ["q_proj", "down_proj", "k_proj"]}, r"adapter tensor '.*k_proj\.lora_A\.w.* is missing"),
-        ({"layers_to_transform": [1]}, r"adapter tensor '.*layers\.0.*' is unexpected"),
-        ({"exclude_modules": ["q_proj"]}, r"adapter tensor '.*q_proj.*' is unexpected"),
+        ({"target_modules": ["q_proj"]}, r"tensor '.*down_proj\.lora_A\.weight' is unexpected"),
+        ({"target_modules": ["q_proj", "down_proj", "k_proj"]}, r"tensor '.*k_proj\.lora_A\.w.* is missing"),
+        ({"layers_to_transform": [1]}, r"tensor '.*layers\.0.*' is unexpected"),
+        ({"exclude_modules": ["q_proj"]}, r"tensor '.*q_proj.*' is unexpected"),
     ],
 )
 def test_lists_of_layers_must_be_those_of_the_tensors(folder, changes, message):
@@ -180,21 +180,21 @@ def test_with_a_regular_expression_every_tensor_must_still_be_half_of_an_update(
     change(folder, target_modules=".*")
     prefix = f"base_model.model.{Q0}"
     change_tensors(folder, lambda state: state.pop(f"{prefix}.lora_B.weight"))
-    refused(folder, rf"adapter tensor 'base_model\.model\.{Q0}\.lora_B\.weight' is missing")
+    refused(folder, rf"tensor 'base_model\.model\.{Q0}\.lora_B\.weight' is missing")
     change_tensors(folder, lambda state: state.pop(f"{prefix}.lora_A.weight"))
     load_adapter(small_model(), folder)
     for name in ("base_model.model.lm_head.lora_A.weight", f"{prefix}.lora_magnitude_vector.weight", "x"):
         change_tensors(folder, lambda state, name=name: state.update({name: torch.zeros(2, 16)}))
-        refused(folder, "adapter tensor '.*' is (unexpected|missing)")
+        refused(folder, "tensor '.*' is (unexpected|missing)")
         change_tensors(folder, lambda state, name=name: state.pop(name))
     change_tensors(folder, lambda state: state.clear())
-    refused(folder, r"adapter_model\.safetensors: expected adapter tensors, got none")
+    refused(folder, r"adapter_model\.safetensors: expected tensors, got none")
 
 
 def test_adapter_tensors_are_floats(folder):
     name = f"base_model.model.{Q0}.lora_A.weight"
     change_tensors(folder, lambda state: state.update({name: state[name].char()}))
-    refused(folder, r"adapter tensor '.*lora_A\.weight' must be fp32, fp16 or bf16, got I8")
+    refused(folder, r"tensor '.*lora_A\.weight' must be fp32, fp16 or bf16, got I8")
 
 
 # --------------------------------------------------------------------------------------------------- files

@@ -4,17 +4,20 @@ import json
 import os
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train
 from model import ModelConfig, Transformer
 from training.model_folder import tokenizer_files, weight_files
 
 SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 40}
 TOKENS = torch.tensor([[1, 2, 3, 4]])
+TINY = Path(__file__).resolve().parents[1] / "data" / "tiny" / "base"
 INDEX = "model.safetensors.index.json"
 
 
@@ -221,6 +224,18 @@ def test_a_tokenizers_file_that_links_out_of_the_folder_is_not_copied(folder, tm
     with pytest.raises(ValueError, match=r"chat_template\.jinja: a link to .*secret, outside of the model's folder"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_training_refuses_such_a_link_before_it_reads_a_row(folder, tmp_path, capsys):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((TINY / name).read_bytes())
+    (tmp_path / "secret").write_text("{{ 1 }}")
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--model", str(folder), "--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert "chat_template.jinja: a link to" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_blobs_of_another_repository_and_links_in_them_are_outside(folder, tmp_path):

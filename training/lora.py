@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model import Transformer
 from training.files import read_object, shown, shown_key, write_json, written_aside
-from training.model_folder import FLOATS, checkpoint_tensors, tensor_headers
+from training.model_folder import check_header, checkpoint_tensors, tensor_headers
 
 
 class LoRALinear(nn.Linear):
@@ -162,17 +162,11 @@ def load_adapter(model: Transformer, folder: str | Path) -> Transformer:
     expected |= {f"{PREFIX}{name}.lora_B.weight": (linear[name].out_features, rank) for name in named}
     if odd := sorted(found.keys() ^ expected.keys()):
         what = "unexpected" if odd[0] in found else "missing"
-        raise ValueError(f"{file}: adapter tensor {shown(odd[0])} is {what}")
+        raise ValueError(f"{file}: tensor {shown(odd[0])} is {what}")
     if not found:
-        raise ValueError(f"{file}: expected adapter tensors, got none")
-    for name, (shape, dtype) in found.items():
-        if shape != expected[name]:
-            want, got = expected[name], shown(shape)
-            raise ValueError(
-                f"{file}: adapter tensor {name!r} must have shape {want} by adapter_config.json, got {got}"
-            )
-        if dtype not in FLOATS:
-            raise ValueError(f"{file}: adapter tensor {name!r} must be fp32, fp16 or bf16, got {dtype}")
+        raise ValueError(f"{file}: expected tensors, got none")
+    for name, header in found.items():
+        check_header(name, header, expected[name], "adapter_config.json")
     add_lora(model, rank, config["lora_alpha"], named)
     with torch.no_grad():
         for name, tensor in checkpoint_tensors([file]):

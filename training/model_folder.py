@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,8 +26,13 @@ TOKENIZER_FILES = (
 )
 FLOATS = ("F32", "F16", "BF16")  # the types that weights may be stored in, by safetensors' names
 
-Header = tuple[tuple[int, ...], str]
-"""A stored tensor's shape and type ("F32", "BF16", ...)."""
+
+class Header(NamedTuple):
+    """What a .safetensors file says about one of its tensors before that is read."""
+
+    shape: tuple[int, ...]
+    stored_as: str  # "F32", "BF16", ...
+    file: Path
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -92,8 +98,17 @@ def tensor_headers(files: list[Path]) -> dict[str, Header]:
                 if name in headers:
                     raise ValueError(f"{file}: tensor {shown(name)} is in another file of the folder too")
                 header = tensors.get_slice(name)
-                headers[name] = (tuple(header.get_shape()), header.get_dtype())
+                headers[name] = Header(tuple(header.get_shape()), header.get_dtype(), file)
     return headers
+
+
+def check_header(name: str, header: Header, expected: tuple[int, ...], config: str) -> None:
+    """ValueError where a stored tensor has another shape than a config file asks for, or is no fp32, fp16 or bf16."""
+    where = f"{header.file}: tensor {name!r}"
+    if header.shape != expected:
+        raise ValueError(f"{where} must have shape {expected} by {config}, got {shown(header.shape)}")
+    if header.stored_as not in FLOATS:
+        raise ValueError(f"{where} must be fp32, fp16 or bf16, got {header.stored_as}")
 
 
 def checkpoint_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
