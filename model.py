@@ -14,17 +14,25 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.files import read_json, write_json, write_text, written_aside
+from training.files import read_object, shown, shown_key, write_json, write_text, written_aside
+from training.model_folder import (
+    INDEX,
+    Header,
+    check_header,
+    checkpoint_tensors,
+    tensor_headers,
+    tokenizer_files,
+    weight_files,
+)
 
 # ------------------------------------------------------------------------------------- configuration
 
@@ -66,12 +74,15 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> ModelConfig:
-        """Read a parsed config.json; ValueError names the key that is missing or asks for what we lack."""
+        """The configuration of a parsed config.json.
+
+        Raises:
+            ValueError: a key is missing, of the wrong type, or asks for what we lack, by name.
+        """
         family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise ValueError(
-                f"config.json: model_type {family!r} is not implemented; expected one of {', '.join(FAMILIES)}"
-            )
+        if not isinstance(family, str) or family not in FAMILIES:
+            expected = ", ".join(FAMILIES)
+            raise ValueError(f"config.json: model_type {shown(family)} is not implemented; expected one of {expected}")
         raw = {**FAMILIES[family], **raw}
 
         def size(key: str, default: int | None = None) -> int:
@@ -88,10 +99,12 @@ class ModelConfig:
             "quantization_config": None,
         }
         if raw.get("layer_types"):  # written by transformers 5; ours are all of one kind
-            only_value["layer_types"] = ["sliding_attention" if window else "full_attention"] * len(raw["layer_types"])
+            num_layers = len(raw["layer_types"]) if isinstance(raw["layer_types"], list) else 1
+            only_value["layer_types"] = ["sliding_attention" if window else "full_attention"] * num_layers
         for key, value in only_value.items():
             if raw.get(key, value) != value:
-                raise ValueError(f"config.json: {key} = {raw[key]!r} is not implemented; expected {value!r}")
+                got, expected = shown(raw[key]), shown(value)
+                raise ValueError(f"config.json: {key} = {got} is not implemented; expected {expected}")
         heads, hidden = size("num_attention_heads"), size("hidden_size")
         kv_heads = size("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -101,8 +114,12 @@ class ModelConfig:
         head_dim = size("head_dim", hidden // heads)
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim must be even for rotary positions, got {head_dim}")
+        tied, bos = raw.get("tie_word_embeddings"), raw.get("bos_token_id")
+        if not isinstance(tied, bool | None):
+            raise ValueError(f"config.json: tie_word_embeddings must be true or false, got {shown(tied)}")
+        if type(bos) not in (int, type(None)):
+            raise ValueError(f"config.json: bos_token_id must be an integer or null, got {shown(bos)}")
         rope_theta, rope_scaling = read_rope(raw)
-        eos = raw.get("eos_token_id")
         return cls(
             vocab_size=size("vocab_size"),
             hidden_size=hidden,
@@ -117,9 +134,9 @@ class ModelConfig:
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             sliding_window=window,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            tie_word_embeddings=bool(tied),
+            bos_token_id=bos,
+            eos_token_ids=read_eos(raw, "config.json"),
         )
 
     def ending_with(self, token_id: int | None) -> ModelConfig:
@@ -143,45 +160,70 @@ def read_config(folder: str | Path) -> ModelConfig:
     Where there is a generation_config.json, its EOS ids end a generated text, not config.json's.
     """
     folder = Path(folder)
-    raw = read_json(folder / "config.json")
-    if (folder / "generation_config.json").is_file():
-        raw["eos_token_id"] = read_json(folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
+    raw, path = read_object(folder / "config.json"), folder / "generation_config.json"
+    generation = read_object(path) if path.is_file() else {}
     try:
-        return ModelConfig.from_dict(raw)
+        config = ModelConfig.from_dict(raw)
+        if "eos_token_id" in generation:
+            config = replace(config, eos_token_ids=read_eos(generation, "generation_config.json"))
+        return config
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
 def positive(name: str, value: object, *kinds: type) -> float:
-    """The value of a key of config.json, which must be a number above 0 (of the given kinds: int, float or both)."""
-    if type(value) not in (kinds or (int, float)) or not 0 < value < math.inf:
+    """The value of a key of config.json, which must be a number above 0 (of the given kinds: int, float or both).
+
+    Python's JSON has NaN, Infinity and integers of any length; torch's have 64 bits.
+    """
+    if type(value) not in (kinds or (int, float)) or not 0 < value < (2**63 if type(value) is int else math.inf):
         what = "integer" if kinds == (int,) else "number"
-        raise ValueError(f"config.json: {name} must be a positive {what}, got {value!r}")
+        raise ValueError(f"config.json: {name} must be a positive {what}, got {shown(value)}")
     return value
+
+
+def read_eos(raw: dict, file: str) -> tuple[int, ...]:
+    """eos_token_id of a parsed config.json or generation_config.json: an integer, a list of them, or null."""
+    eos = raw.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token_id) is int for token_id in ids):
+        raise ValueError(f"{file}: eos_token_id must be an integer, a list of integers or null, got {shown(eos)}")
+    return tuple(ids)
 
 
 def read_rope(raw: dict) -> tuple[float, dict | None]:
     """rope_theta and rope_scaling of a config.json.
 
-    `rope_parameters` (transformers 5) holds both; before it rope_theta stood outside of `rope_scaling`, whose
-    rope_type was spelled `type` still earlier. Refused by name: other rope types, keys we do not know.
+    `rope_parameters` (transformers 5) holds both. Earlier files have rope_theta outside of `rope_scaling`; the
+    earliest spell its rope_type `type`. Refused by name: other rope types, keys that we do not know.
     """
-    spellings = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
+    spellings = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key) is not None]
+    for key in spellings:
+        if not isinstance(raw[key], dict):
+            raise ValueError(f"config.json: {key} must be an object or null, got {shown(raw[key])}")
+        for inner, value in raw[key].items():
+            if isinstance(value, dict | list):
+                raise ValueError(f"config.json: {key}: {shown_key(inner)} = {shown(value)} is not implemented")
+    spellings = [key for key in spellings if raw[key]]
     if len(spellings) == 2 and raw["rope_scaling"] != raw["rope_parameters"]:
         raise ValueError("config.json: rope_scaling and rope_parameters are both there and differ; expected one")
     where = spellings[0] if spellings else "rope_theta"
     rope = dict(raw[where]) if spellings else {}
 
-    theta = float(positive("rope_theta", rope.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0))
+    thetas = [theta for theta in (rope.pop("rope_theta", None), raw.get("rope_theta")) if theta is not None]
+    theta = float(positive("rope_theta", thetas[0] if thetas else 10_000.0))
     old_spelling = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_spelling)
     if rope_type not in ROPE_SCALING:
-        known = ", ".join(ROPE_SCALING)
-        raise ValueError(f"config.json: {where}: rope_type {rope_type!r} is not implemented; expected one of {known}")
+        got, known = shown(rope_type), ", ".join(ROPE_SCALING)
+        raise ValueError(f"config.json: {where}: rope_type {got} is not implemented; expected one of {known}")
     scaling = {key: positive(f"{where}: {key}", rope.pop(key, None)) for key in ROPE_SCALING[rope_type]}
+    if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError(f"config.json: {where}: high_freq_factor must be above low_freq_factor, got {scaling}")
     for key, value in rope.items():
         if (key, value) != ("partial_rotary_factor", 1):
-            raise ValueError(f"config.json: {where}: {key} = {value!r} is not implemented for rope_type {rope_type!r}")
+            what = f"{shown_key(key)} = {shown(value)}"
+            raise ValueError(f"config.json: {where}: {what} is not implemented for rope_type {rope_type!r}")
     return theta, {"rope_type": rope_type, **scaling} if scaling else None
 
 
@@ -389,42 +431,50 @@ class Transformer(nn.Module):
     ) -> Transformer:
         """Load a Hugging Face folder: config.json and one .safetensors file or a sharded index.
 
-        The network is built on the meta device and takes each tensor as it is read from the memory-mapped
-        file, so that what is allocated peaks at one model plus one tensor.
+        Sizes, names, shapes and types are checked on the headers of the files, before memory is taken. The network
+        is then built on the meta device and takes each tensor as it is read from the memory-mapped file, so that
+        what is allocated peaks at one model plus one tensor.
         Strict: a missing, extra, truncated or misshapen tensor is an error, as is one that is not in fp32, fp16
-        or bf16.
+        or bf16. Tied embeddings may be stored under either name.
 
         Raises:
             FileNotFoundError: no such folder, config.json or weights.
             ValueError: what config.json asks for is not implemented, or the weights do not fit it.
         """
         folder, config = Path(folder), read_config(folder)
+        files = weight_files(folder)
+        stored = {
+            name: header
+            for name, header in tensor_headers(files).items()
+            if not name.endswith("rotary_emb.inv_freq")  # older checkpoints store it; config.json determines it
+        }
+        check_sizes(folder, config, stored)
         with torch.device("meta"):
             model = cls(config)
         model.source = folder
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        state = {}
-        for name, tensor in checkpoint_tensors(folder):
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # older checkpoints store these angles; config.json determines them
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied = TIED if config.tie_word_embeddings else ()
+        for name, header in stored.items():
             if name not in expected:
-                raise ValueError(f"{folder}: unexpected tensor {name!r}")
-            if tensor.shape != expected[name]:
-                want, got = tuple(expected[name]), tuple(tensor.shape)
-                raise ValueError(f"{folder}: tensor {name!r} must have shape {want} by config.json, got {got}")
-            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ValueError(f"{folder}: tensor {name!r} must be fp32, fp16 or bf16, got {tensor.dtype}")
-            state[name] = tensor.to(device=device, dtype=dtype)
-        if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
-            embedding = state["model.embed_tokens.weight"]
-            if not torch.equal(state.get("lm_head.weight", embedding), embedding):
-                raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
-            state["lm_head.weight"] = embedding
-        missing = [name for name in expected if name not in state]
+                raise ValueError(f"{header.file}: unexpected tensor {shown(name)}")
+            check_header(name, header, expected[name], "config.json")
+        missing = [name for name in expected if name not in stored and name not in tied]  # check_sizes found one tied
         if missing:
             raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+        state = {
+            name: tensor.to(device=device, dtype=dtype)
+            for name, tensor in checkpoint_tensors(files)
+            if name in expected
+        }
+        if tied:
+            embedding, head = (state.get(name) for name in TIED)
+            if embedding is not None and head is not None and not torch.equal(embedding, head):
+                raise ValueError(
+                    f"{folder}: config.json: tie_word_embeddings is true, but lm_head and embed_tokens differ"
+                )
+            state |= dict.fromkeys(TIED, head if embedding is None else embedding)
         model.load_state_dict(state, assign=True)
-        if config.tie_word_embeddings:
+        if tied:
             model.lm_head.weight = model.model["embed_tokens"].weight  # one Parameter, not two of one storage
         return model
 
@@ -433,14 +483,20 @@ class Transformer(nn.Module):
         folder: str | Path,
         *,
         max_shard_bytes: int = 5_000_000_000,
-        tokenizer_files: dict[str, object] | None = None,
+        extra_files: dict[str, object] | None = None,
     ) -> None:
         """Write the weights (LoRA merged, tied embeddings once), the tokenizer's files and config.json.
 
         One model.safetensors, or shards of at most max_shard_bytes (or one tensor) and their index; one shard at
-        a time is held beside the model. Weights of an earlier save into the folder are replaced. tokenizer_files: what
-        write_tokenizer_files takes as `files`.
+        a time is held beside the model. Weights of an earlier save into the folder are replaced.
+
+        Args:
+            extra_files: the `files` of `write_tokenizer_files`.
+        Raises:
+            ValueError: a tokenizer's file is a link that `model_folder.tokenizer_files` refuses.
         """
+        if self.source:
+            tokenizer_files(self.source)  # a link that could not be copied is refused before anything is written
         tensors = {name: tensor for name, tensor in self.state_dict().items() if "lora_" not in name}
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
@@ -466,7 +522,7 @@ class Transformer(nn.Module):
                 weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
                 total = sum(tensor.nbytes for tensor in tensors.values())
                 write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            write_tokenizer_files(self, new, tokenizer_files or {})
+            write_tokenizer_files(self, new, extra_files or {})
             dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
             write_json(new / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
             written = {file.name for file in new.iterdir()}
@@ -475,58 +531,57 @@ class Transformer(nn.Module):
                 file.unlink()
 
 
-INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def write_tokenizer_files(model: Transformer, folder: Path, files: dict[str, object]) -> None:
     """Write the tokenizer's files of the folder that the model was loaded from, and generation_config.json.
 
-    Args:
-        files: file name -> what to write in place of the copy: a text, a JSON value, or None: nothing.
     The EOS ids of generation_config.json are those of model.config; its other keys are the source's.
+
+    Args:
+        files: file name -> what to write in place of the copy: a text, a JSON value, or None to leave it out.
+    Raises:
+        ValueError: a file is a link that `model_folder.tokenizer_files` refuses.
     """
-    for name in TOKENIZER_FILES:
-        if model.source is not None and (model.source / name).is_file() and name not in files:
-            shutil.copyfile(model.source / name, folder / name)
+    for file in tokenizer_files(model.source) if model.source else []:
+        if file.name not in files:
+            shutil.copyfile(file, folder / file.name)
     for name, value in files.items():
         if value is not None:
             write_text(folder / name, value) if isinstance(value, str) else write_json(folder / name, value)
     path = folder / "generation_config.json"
     eos = model.config.to_dict()["eos_token_id"]
-    generation = read_json(path) if path.is_file() else {"bos_token_id": model.config.bos_token_id}
+    generation = read_object(path) if path.is_file() else {"bos_token_id": model.config.bos_token_id}
     if eos is not None and generation.get("eos_token_id") != eos:
         write_json(path, {**generation, "eos_token_id": eos})
 
 
-def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Each (name, tensor) of a folder's .safetensors files, one at a time."""
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: expected a 'weight_map' of tensor names to files, got {weight_map!r}")
-        files = sorted(set(weight_map.values()))
-    elif (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-        if len(files) != 1:
-            raise FileNotFoundError(
-                f"{folder}: expected model.safetensors, {INDEX} or one other .safetensors file, found {len(files)}"
-            )
-    for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / file}: not a whole safetensors file ({error})") from None
+TIED = ("model.embed_tokens.weight", "lm_head.weight")  # one tensor where tie_word_embeddings is true
+
+
+def check_sizes(folder: Path, config: ModelConfig, stored: dict[str, Header]) -> None:
+    """ValueError where a size in config.json is not that of the weights, by key.
+
+    It reads headers alone and comes before the network is built, which for sizes that the weights do not have could
+    take any amount of time and memory.
+    """
+    layers = {name.split(".")[2] for name in stored if re.match(r"model\.layers\.\d+\.", name)}
+    if len(layers) != config.num_hidden_layers:
+        expected, got = config.num_hidden_layers, len(layers)
+        raise ValueError(f"{folder}: config.json: num_hidden_layers is {expected}, but the weights hold {got}")
+    embedding = next((name for name in TIED if name in stored), TIED[0])
+    q, k, gate = (f"model.layers.0.{name}_proj.weight" for name in ("self_attn.q", "self_attn.k", "mlp.gate"))
+    for key, expected, name, axis in (
+        ("vocab_size", config.vocab_size, embedding, 0),
+        ("hidden_size", config.hidden_size, embedding, 1),
+        ("num_attention_heads x head_dim", config.num_attention_heads * config.head_dim, q, 0),
+        ("num_key_value_heads x head_dim", config.num_key_value_heads * config.head_dim, k, 0),
+        ("intermediate_size", config.intermediate_size, gate, 0),
+    ):
+        if name not in stored:
+            raise ValueError(f"{folder}: tensor {name!r} is missing")
+        shape = stored[name].shape
+        if len(shape) != 2 or shape[axis] != expected:
+            got = f"tensor {name!r} has shape {shown(shape)}"
+            raise ValueError(f"{folder}: config.json: {key} is {expected}, but {got}")

@@ -39,6 +39,7 @@ from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, choose_samples, choose_tokens
 from qtuning import num_samples_to_keep, token_mask
 from training.head import TokenLoss
 from training.lora import add_lora, save_adapter
+from training.model_folder import tokenizer_files
 from training.ranks import Ranks, chosen_device
 from training.run_folder import Run
 from training.scoring import Scorer, kept_batches, mean_nll
@@ -208,10 +209,11 @@ def train_on(
 
     # Rows.
     tokenizer = TextTokenizer.from_pretrained(cfg.model)
+    tokenizer_files(Path(cfg.model))  # a link that the end of the run could not copy is refused now
     template = resolve_template(cfg.template, tokenizer)
     samples, skipped = load_samples(cfg.data, tokenizer, template, cfg.max_length, cfg.skip_bad_rows)
     check_token_ids(cfg.data, samples, tokenizer, read_config(cfg.model).vocab_size)
-    end_id, tokenizer_files = template.end_id, tokenizer.files(template.chat_template)
+    end_id, written = template.end_id, tokenizer.files(template.chat_template)
     del template  # ends the process that renders chat templates
     samples = change_rows(samples) if change_rows else samples
     global_batch, per_step, schedule_steps, last_step = plan(cfg, len(samples), ranks.world)
@@ -293,9 +295,9 @@ def train_on(
             run.save(step, trainable, optimizer, stream, scorer)
     if ranks.rank == 0:
         if cfg.lora_rank:
-            save_adapter(model, run.out / "adapter", tokenizer_files)
+            save_adapter(model, run.out / "adapter", written)
         else:
-            model.save_pretrained(run.out / "model", tokenizer_files=tokenizer_files)
+            model.save_pretrained(run.out / "model", extra_files=written)
 
 
 def plan(cfg: Config, num_samples: int, world: int) -> tuple[int, int, int, int]:

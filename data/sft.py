@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.templates import Conversation, Template, resolve_template
-from data.tokenizer import TextTokenizer, json_kind
+from data.tokenizer import TextTokenizer
 from qtuning import IGNORE_INDEX
+from training.files import json_kind
 
 # ------------------------------------------------------------------------------------------ rows of a file
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
+from training.files import json_kind, read_object
+
 
 @dataclass(frozen=True)
 class TextTokenizer:
@@ -58,14 +60,14 @@ class TextTokenizer:
         config, special_tokens = None, {}
         path = folder / "tokenizer_config.json"
         if path.is_file():
-            config = _read_object(path)
+            config = read_object(path)
             if config.get("split_special_tokens"):
                 raise ValueError(
                     f"{path}: split_special_tokens = {config['split_special_tokens']!r} is not implemented"
                 )
             special_tokens = _special_tokens(path, config)
         elif (folder / "config.json").is_file():
-            model_config = _read_object(folder / "config.json")
+            model_config = read_object(folder / "config.json")
             for name in ("bos_token", "eos_token"):
                 ids = model_config.get(f"{name}_id")
                 first = ids[0] if isinstance(ids, list) and ids else ids
@@ -209,7 +211,7 @@ def _add_missing_tokens(tokenizer: Tokenizer, folder: Path, config: dict, specia
                 tokens[int(number)] = AddedToken(**token)
         elif (folder / "added_tokens.json").is_file():
             path = folder / "added_tokens.json"
-            for text, number in _read_object(path).items():
+            for text, number in read_object(path).items():
                 tokens[int(number)] = AddedToken(text, special=text in special, normalized=text not in special)
     except (TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: its added tokens cannot be read: {error}") from error
@@ -240,19 +242,3 @@ def _chat_template(folder: Path, config: dict) -> str | tuple[str, ...] | None:
         where = f"{folder / 'tokenizer_config.json'}: chat_template"
         raise ValueError(f"{where}: expected a text or a list of {{name, template}}, got {json_kind(template)}")
     return template
-
-
-def _read_object(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {json_kind(value)}")
-    return value
-
-
-def json_kind(value: object) -> str:
-    """What a JSON value is, for messages."""
-    names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    return names.get(type(value), json.dumps(value))

@@ -19,7 +19,7 @@ import math
 
 from eval import common
 from eval.statistics import mcnemar_p, paired_interval
-from training.files import read_json, write_json
+from training.files import read_json, shown, shown_key, write_json
 
 
 def compare(a: dict, b: dict, metric: str = "correct") -> dict:
@@ -34,17 +34,18 @@ def compare(a: dict, b: dict, metric: str = "correct") -> dict:
     """
     for key in ("task", "protocol"):
         if a[key] != b[key]:
-            raise ValueError(f"expected results of one {key}, got {a[key]!r} and {b[key]!r}")
+            raise ValueError(f"expected results of one {key}, got {shown(a[key])} and {shown(b[key])}")
     items_a, items_b = ({item["id"]: item for item in whole["items"]} for whole in (a, b))
     for id in sorted(items_a.keys() ^ items_b.keys()):
-        raise ValueError(f"expected the same items, got {id!r} in {'A' if id in items_a else 'B'} only")
+        raise ValueError(f"expected the same items, got {shown(id)} in {'A' if id in items_a else 'B'} only")
     for id, item in items_a.items():
         if item["prompt_id"] != items_b[id]["prompt_id"]:
-            raise ValueError(f"expected the same prompts, got two for item {id!r}")
+            raise ValueError(f"expected the same prompts, got two for item {shown(id)}")
         for which in (item, items_b[id]):
             if not is_measure(which.get(metric)):
-                keys = ", ".join(key for key, value in which.items() if is_measure(value))
-                raise ValueError(f"--metric {metric}: expected one of {keys}; item {id!r} has {which.get(metric)!r}")
+                keys = ", ".join([shown_key(key) for key, value in which.items() if is_measure(value)][:9]) or "none"
+                got = f"item {shown(id)} has {shown(which.get(metric))}"
+                raise ValueError(f"--metric {metric}: expected one of {keys}; {got}")
     pairs = [(item[metric], items_b[id][metric]) for id, item in items_a.items()]
     scores = [100 * math.fsum(side) / len(pairs) for side in zip(*pairs, strict=True)]
     compared = {
@@ -92,13 +93,29 @@ def read_result(path: str) -> dict:
         ValueError: it is not the result file of a benchmark.
     """
     whole = read_json(path)
-    missing = [key for key in ("task", "protocol", "items") if not isinstance(whole, dict) or not whole.get(key)]
-    if missing:
-        raise ValueError(f"{path}: expected the result file of a benchmark, got no {missing[0]!r}")
+    for key, kind in (("task", str), ("protocol", str), ("items", list)):
+        value = whole.get(key) if isinstance(whole, dict) else None
+        if not isinstance(value, kind) or not value:
+            what = f"a {'text' if kind is str else 'list'} under {key!r}, got {shown(value)}"
+            raise ValueError(f"{path}: expected the result file of a benchmark, with {what}")
+    ids = set()
     for i, item in enumerate(whole["items"]):
         if not isinstance(item, dict) or not {"id", "prompt_id"} <= item.keys():
             raise ValueError(f"{path}: items[{i}]: expected an object with the keys id and prompt_id")
+        if not isinstance(item["id"], str) or item["id"] in ids:
+            expected = "a text that no item before has" if isinstance(item["id"], str) else "a text"
+            raise ValueError(f"{path}: items[{i}]: id must be {expected}, got {shown(item['id'])}")
+        ids.add(item["id"])
     return whole
+
+
+def compare_files(a: str, b: str, metric: str = "correct") -> dict:
+    """`compare` of two result files, whose errors name them."""
+    results = read_result(a), read_result(b)
+    try:
+        return compare(*results, metric)
+    except ValueError as error:
+        raise ValueError(f"A {a}, B {b}: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", help="also write the comparison to this file (JSON)")
     args = parser.parse_args(argv)
     with common.errors_in_one_line(parser.prog):
-        compared = compare(read_result(args.a), read_result(args.b), args.metric)
+        compared = compare_files(args.a, args.b, args.metric)
         print(table(compared))
         if args.out:
             write_json(args.out, {"a": args.a, "b": args.b, **compared})

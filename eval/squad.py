@@ -39,11 +39,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.tokenizer import TextTokenizer, json_kind
+from data.tokenizer import TextTokenizer
 from eval import common, generation
 from eval.statistics import measure
 from eval.text import first_phrase, plain_words
 from model import Transformer
+from training.files import json_kind
 
 IMPOSSIBLE = "impossible to answer"
 UNANSWERABLE = "unanswerable"

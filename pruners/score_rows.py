@@ -38,7 +38,7 @@ from model import Transformer, read_config
 from pruners.less import adam_direction, count_sketch, influence
 from pruners.side_files import encode_vector, open_side_file, rows_by_id
 from qtuning import IGNORE_INDEX
-from training.files import read_json, write_json
+from training.files import read_object, write_json
 from training.head import TokenLoss
 from training.lora import load_adapter
 from training.packing import end_to_end, pack, packed, packs
@@ -319,7 +319,7 @@ def score_file(args) -> None:
     values, told = values_of(args, model, tokenizer, autocast)
     if told:
         about = folder / f"{args.what}.json"
-        write_json(about, read_json(about) | told)
+        write_json(about, read_object(about) | told)
     bar = tqdm(total=len(todo), desc=args.what, unit="row", delay=2, mininterval=0.1 if sys.stderr.isatty() else 30)
     with bar, (folder / f"{args.what}.jsonl").open("a", encoding="utf-8") as file:
         for chunk in chunks_of(todo, CHUNK):

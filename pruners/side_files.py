@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.sft import Sample, read_rows
-from training.files import read_json, write_json
+from training.files import read_object, shown, write_json
 from training.scoring import answer_mask
 
 
@@ -35,7 +35,7 @@ def read_side_file(folder: str | Path, field: str, convert: Callable = float) ->
             try:
                 row = json.loads(raw)
                 values[str(row["id"])] = convert(row[field])
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:  # too long, too deep
                 got = raw[:80].decode("utf-8", "replace").strip()
                 raise ValueError(f"{path}:{line}: expected an object with 'id' and {field!r}, got {got}") from error
     return values
@@ -79,10 +79,13 @@ def open_side_file(folder: Path, what: str, settings: dict) -> set[str]:
         if path.exists():
             raise ValueError(f"{path} exists and was not made here (no {about.name}); give another --scores folder")
         write_json(about, {"settings": settings})
-    before = read_json(about)["settings"]
+    before = read_object(about).get("settings")
+    if not isinstance(before, dict):
+        raise ValueError(f"{about}: settings must be an object, got {shown(before)}")
     for key, value in settings.items():
         if before.get(key) != value:
-            raise ValueError(f"{path} was made with {key} {before.get(key)!r}, got {value!r}; give another --scores")
+            made = shown(before.get(key))
+            raise ValueError(f"{path} was made with {key} {made}, got {value!r}; give another --scores")
     if not path.exists():
         return set()
     whole, _, cut = path.read_bytes().rpartition(b"\n")
@@ -110,6 +113,8 @@ def sample_values(need: str, samples: Sequence[Sample], data: str, scores: str |
         return [OF_SAMPLE[need](sample) for sample in samples]
     if need == "embedding":
         vectors = read_side_file(_folder(need, scores), need, decode_vector)
+        if len(sizes := sorted({len(vector) for vector in vectors.values()})) > 1:
+            raise ValueError(f"{scores}/{need}.jsonl: expected vectors of one size, got sizes {shown(sizes)}")
         return [vectors.get(row_id) for row_id in ids]
     rows, side = rows_by_id(data), {}
     if not all(rows[row_id].get(need) is not None for row_id in ids):
@@ -120,7 +125,7 @@ def sample_values(need: str, samples: Sequence[Sample], data: str, scores: str |
     values = [side.get(row_id) if value is None else value for row_id, value in zip(ids, values, strict=True)]
     try:
         return [None if value is None else torch.tensor(float(value), dtype=torch.float64) for value in values]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{data}: the field {need!r} must be a number ({error})") from error
 
 
@@ -136,7 +141,7 @@ def token_values(need: str, samples: Sequence[Sample], scores: str | None) -> li
     for sample in samples:
         expected, got = int(answer_mask(sample).sum()), by_id.get(sample.id)
         if got is None or got.shape != (expected,) or not bool(got.isfinite().all()):
-            got = "none" if got is None else f"{len(got)}" if bool(got.isfinite().all()) else "one not finite"
+            got = "none" if got is None else str(got.numel()) if bool(got.isfinite().all()) else "one not finite"
             raise ValueError(f"{folder}/{need}.jsonl: expected {expected} values for row {sample.id!r}, got {got}")
         found.append(got)
     return found

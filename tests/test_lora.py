@@ -56,7 +56,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path):
 
     refuse("use_dora = True is not implemented", use_dora=True)
     refuse("lora_alpha must be a number, got None", lora_alpha=None)
-    refuse("target_modules must be a list", target_modules="all-linear")
+    refuse("target_modules must be a list", target_modules=7)
     refuse("LoRA targets must be among .* got embed_tokens", target_modules=["embed_tokens"])
     refuse("lora_A.weight' must have shape", r=2)
     refuse("is unexpected", target_modules=["q_proj"])

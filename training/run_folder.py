@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data.sft import Sample
 from qtuning import Quadrant, SamplePruning
-from training.files import append_json, read_json, write_json, write_text
+from training.files import append_json, read_object, write_json, write_text
 from training.ranks import Ranks
 from training.scoring import Scorer, trained_lengths
 
@@ -85,7 +85,7 @@ def open_run(cfg, description: dict) -> Path | None:
         return None
     if not cfg.resume:
         raise ValueError(f"--out {out} holds a run already; give --resume to continue it, or another folder")
-    before = read_json(config_file)
+    before = read_object(config_file)
     for key in ("num_samples", *(field.name for field in dataclasses.fields(cfg))):
         if key not in MAY_CHANGE and before.get(key) != description[key]:
             raise ValueError(f"--resume: the run in {out} has {key} {before.get(key)!r}, got {description[key]!r}")
