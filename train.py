@@ -41,8 +41,9 @@ from training.head import TokenLoss
 from training.lora import add_lora, save_adapter
 from training.model_folder import tokenizer_files
 from training.ranks import Ranks, chosen_device
-from training.run_folder import Run
-from training.scoring import Scorer, kept_batches, mean_nll
+from training.run_folder import Run, input_hashes, owned
+from training.scoring import Scorer, kept_batches, mean_nll, not_finite
+from training.signals import Stopped, StopRequest
 
 HERE = Path(__file__).resolve().parent
 
@@ -91,7 +92,7 @@ class Config:
     template: str = flag("auto", "chat template; auto: the tokenizer's own, else 'default'")
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "computing dtype; auto: bf16 on cuda, fp32 on cpu", ("auto", "bf16", "fp32"))
-    save_every: int = flag(500, "steps between checkpoints")
+    save_every: int | None = flag(None, "steps between checkpoints; default: every 10 minutes, and at the end")
     eval_every: int | None = flag(None, "steps between scores of --eval-sets; metrics.jsonl holds them as eval_TASK")
     eval_sets: str | None = flag(
         None, "TASK=FILE,... for the scorers in eval/, paper's protocol, 0-shot; rows=FILE: held-out loss"
@@ -107,9 +108,9 @@ class Config:
 
         for name in ("token_keep_ratio", "smoothing", "sample_keep_ratio"):
             check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("micro_batch", "grad_accum", "save_every", "reuse_scores"):
+        for name in ("micro_batch", "grad_accum", "reuse_scores"):
             check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("prune_batch", "pass_tokens", "max_steps", "eval_every", "eval_limit"):
+        for name in ("prune_batch", "pass_tokens", "max_steps", "save_every", "eval_every", "eval_limit"):
             check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         for name, least, known in (
             ("keep_quadrants", 1, "1234"),
@@ -125,8 +126,9 @@ class Config:
             fits = self.activation_checkpointing and self.token_pruning == "mask" and exact and scored
             check("reuse_forward", fits, "with --activation-checkpointing, --token-pruning mask and exact scores")
         check("max_length", self.max_length >= 2, "at least 2")
-        check("lora_rank", self.lora_rank >= 0, "at least 0")
-        check("epochs", 0 < self.epochs < math.inf, "above 0")
+        check("lora_rank", 0 <= self.lora_rank <= 65_536, "in [0, 65536]")
+        check("epochs", 0 < self.epochs <= 1e6, "above 0 and at most 1e6")
+        check("seed", 0 <= self.seed < 2**63, "in [0, 2**63)")
         check("lr", 0 < self.lr < math.inf, "above 0")
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
@@ -185,15 +187,21 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 
 def train(cfg: Config) -> None:
-    """Train with these settings, under torchrun or alone."""
+    """Train with these settings, under torchrun or alone.
+
+    Raises:
+        ValueError, OSError: wrong input, or a file that could not be read or written.
+        Stopped: SIGTERM or Ctrl-C; the run is saved if a step was done.
+    """
     cfg = resolve(cfg)
-    with Ranks.joined(cfg.device) as ranks:
-        train_on(cfg, ranks)
+    with StopRequest() as stop, Ranks.joined(cfg.device) as ranks, owned(cfg, ranks):
+        train_on(cfg, ranks, stop)
 
 
 def train_on(
     cfg: Config,
     ranks: Ranks,
+    stop: StopRequest | None = None,
     *,
     make_loss: Callable[[Transformer, bool], nn.Module] = TokenLoss,
     change_rows: Callable[[list[Sample]], list[Sample]] | None = None,
@@ -233,8 +241,8 @@ def train_on(
     token_loss = make_loss(model, cfg.activation_checkpointing)
     scorer = Scorer(model, samples, ranks, cfg, autocast, side)
 
-    run = Run(cfg, ranks, len(samples))
-    done = run.resume(trainable, optimizer, stream, scorer)
+    run = Run(cfg, ranks, len(samples), input_hashes(cfg, samples, stream.rows, side), stop or StopRequest())
+    done = run.resume(last_step, trainable, optimizer, stream, scorer)
     run.say(
         f"{len(samples)} rows ({skipped} skipped), {last_step} steps of {global_batch}, {ranks.world} x {cfg.device}"
     )
@@ -249,7 +257,7 @@ def train_on(
     for step in run.steps(done, last_step):
         started = time.perf_counter()
         rows, weights = stream.take((step - 1) * per_step, step * per_step)
-        scorer.new_step()
+        scorer.new_step(step)
 
         # Algorithm 1: stage 1 keeps samples, stage 2 trims their tokens.
         chosen = choose_samples(cfg, step, rows, scorer)
@@ -262,7 +270,7 @@ def train_on(
         lr = cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / schedule_steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss_sum, losses = torch.zeros((), device=device), []
+        loss_sum, nlls = torch.zeros((), device=device), []
         for batch in kept_batches(cfg, samples, rows, kept, weights, scorer):
             # Gradients are exchanged once a step, on the last pass; DDP takes their mean over the ranks.
             with nullcontext() if batch.last or ranks.world == 1 else token_loss.no_sync():
@@ -270,11 +278,12 @@ def train_on(
                     loss, nll = token_loss(*batch.inputs)
                 (loss * (ranks.world / num_kept)).backward()
             loss_sum += loss.detach()
-            losses += zip(batch.places, nll.split(batch.counts), strict=True) if stream.draw else ()
+            nlls += zip(batch.places, nll.split(batch.counts), strict=True)
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
         loss = ranks.sum(loss_sum.item()) / num_kept
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise ValueError(f"step {step}: loss is {loss} and its gradient's norm {grad_norm}; try a lower --lr")
+            broken = [samples[rows[place]] for place, nll in nlls if not nll.isfinite().all()]
+            raise not_finite(cfg, step, f"the loss ({loss}) or the gradient's norm ({grad_norm})", broken)
         differentiated = time.perf_counter()
         optimizer.step()
         optimizer.zero_grad()
@@ -282,22 +291,24 @@ def train_on(
             torch.cuda.synchronize()  # so that the seconds below are those of the work
         finished = time.perf_counter()
         if stream.draw:  # the next epoch is drawn by the rows' losses
-            losses = sorted(ranks.gather([(place, nll.mean().item()) for place, nll in losses]))
+            losses = sorted(ranks.gather([(place, nll.mean().item()) for place, nll in nlls]))
             stream.learn([(rows[place], loss) for place, loss in losses])
 
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "score_s": selected - started}
         measured |= {"select_s": selected - started - scorer.seconds, "train_s": finished - selected}
         measured["optimizer_s"] = finished - differentiated
         if eval_sets and (step % cfg.eval_every == 0 or step == last_step):
-            measured |= during.eval_scores(model, tokenizer, eval_sets, cfg.pass_tokens, autocast)
+            with run.scoring(step):
+                measured |= during.eval_scores(model, tokenizer, eval_sets, cfg.pass_tokens, autocast)
         run.log(step, measured, samples, rows, weights, chosen, kept, scorer)
-        if step % cfg.save_every == 0 or step == last_step:
+        if run.due(step):
             run.save(step, trainable, optimizer, stream, scorer)
     if ranks.rank == 0:
         if cfg.lora_rank:
             save_adapter(model, run.out / "adapter", written)
         else:
             model.save_pretrained(run.out / "model", extra_files=written)
+        run.finish(last_step)
 
 
 def plan(cfg: Config, num_samples: int, world: int) -> tuple[int, int, int, int]:
@@ -343,6 +354,10 @@ def first_losses(model: Transformer, samples: list[Sample], cfg: Config, ranks: 
 def main(argv: list[str] | None = None) -> None:
     try:
         train(parse_config(argv))
+    except Stopped as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(error.status)
     except (ValueError, OSError) as error:  # wrong input; every rank meets the same, and rank 0 prints it
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ template puts behind it (EOS included).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -53,6 +54,11 @@ def read_rows(path: str | Path) -> list[tuple[int | None, object]]:
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a JSON list of rows, got {json_kind(rows)}")
     return [(None, row) for row in rows]
+
+
+def row_place(path: str | Path, number: int) -> str:
+    """`path:line` of row `number` (0-based) of a file whose rows have been read. Slow: for error messages."""
+    return f"{path}:{read_rows(path)[number][0] or line_of_row(path, number)}"
 
 
 def _parse_line(raw: bytes) -> object:
@@ -248,6 +254,7 @@ class Sample:
     id: str
     input_ids: list[int]
     labels: list[int]
+    number: int = 0  # the row's number in its file, from 0
 
 
 def kept_lengths(num_prompt: int, num_answer: int, budget: int) -> tuple[int, int]:
@@ -372,6 +379,7 @@ def _encode_rows(rows: list, template: Template, max_length: int, chunk: int = 1
             while row_id in used_ids:
                 row_id += f"#{number}"
             sample = to_sample(row_id, turns, max_length, conversation.trained)
+            sample = dataclasses.replace(sample, number=number)
             if all(label == IGNORE_INDEX for label in sample.labels[1:]):  # nothing predicts the first
                 yield ValueError(f"expected an answer token to train on, got none in {max_length} tokens")
                 continue

@@ -31,18 +31,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.sft import Sample, check_token_ids, load_samples, to_messages
+from data.sft import Sample, check_token_ids, load_samples, row_place, to_messages
 from data.templates import Conversation, Template, resolve_template
 from data.tokenizer import TextTokenizer
 from model import Transformer, read_config
 from pruners.less import adam_direction, count_sketch, influence
-from pruners.side_files import encode_vector, open_side_file, rows_by_id
+from pruners.side_files import decode_vector, encode_vector, open_side_file, rows_by_id
 from qtuning import IGNORE_INDEX
-from training.files import read_object, write_json
+from training.files import locked, naming, read_object, write_json
 from training.head import TokenLoss
 from training.lora import load_adapter
 from training.packing import end_to_end, pack, packed, packs
 from training.ranks import chosen_device
+from training.run_folder import weights_hash
 from training.scoring import mean_nll, score
 
 CHUNK = 256  # rows scored between two writes
@@ -308,7 +309,20 @@ def score_file(args) -> None:
     folder = Path(args.scores)
     keys = ("model", "adapter", "data", "template", "max_length")
     keys += ("warmup", "targets", "sketch_size") if args.what == "less" else ()
-    done = open_side_file(folder, args.what, {key: getattr(args, key) for key in keys})
+    settings = {key: getattr(args, key) for key in keys} | {"base_weights": weights_hash(args.model)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / f".{args.what}.lock", f"{folder / args.what}.jsonl"):
+        score_missing(args, samples, tokenizer, settings, device, autocast)
+
+
+def score_missing(args, samples: list[Sample], tokenizer: TextTokenizer, settings: dict, device: str, autocast) -> None:
+    """Append the values of the rows that the side file lacks.
+
+    Raises:
+        ValueError: the file was made with other settings, or a value is NaN or infinite; it is not written.
+    """
+    folder = Path(args.scores)
+    done = open_side_file(folder, args.what, settings)
     todo = [sample for sample in samples if sample.id not in done]
     print(f"{args.what}: {len(samples)} rows, {len(samples) - len(todo)} of them scored already")
     if not todo:
@@ -316,17 +330,28 @@ def score_file(args) -> None:
     model = Transformer.from_pretrained(args.model, device=device)
     if args.adapter:
         load_adapter(model, args.adapter)
-    values, told = values_of(args, model, tokenizer, autocast)
-    if told:
+    values, facts = values_of(args, model, tokenizer, autocast)
+    if facts:
         about = folder / f"{args.what}.json"
-        write_json(about, read_object(about) | told)
+        write_json(about, read_object(about) | facts)
     bar = tqdm(total=len(todo), desc=args.what, unit="row", delay=2, mininterval=0.1 if sys.stderr.isatty() else 30)
-    with bar, (folder / f"{args.what}.jsonl").open("a", encoding="utf-8") as file:
+    path = folder / f"{args.what}.jsonl"
+    with bar, naming(path), path.open("a", encoding="utf-8") as file:
         for chunk in chunks_of(todo, CHUNK):
+            lines = []
             for sample, value in zip(chunk, values(chunk), strict=True):
-                file.write(json.dumps({"id": sample.id, args.what: value}) + "\n")
+                if not numbers_of(args.what, value).isfinite().all():
+                    place = row_place(args.data, sample.number)
+                    raise ValueError(f"{args.what} of row {sample.id!r} ({place}) is NaN or infinite: check --model")
+                lines.append(json.dumps({"id": sample.id, args.what: value}) + "\n")
+            file.writelines(lines)
             file.flush()
             bar.update(len(chunk))
+
+
+def numbers_of(what: str, value: object) -> Tensor:
+    """The numbers in a value of a side file."""
+    return decode_vector(value) if what == "embedding" else torch.tensor(value)
 
 
 def chunks_of(items: list, size: int) -> Iterator[list]:

@@ -205,7 +205,7 @@ def execute(preset: Preset, command: Command, log: Path, main: Callable[[list[st
     module, argv = command
     if module == "train":
         out = Path(argv[argv.index("--out") + 1])
-        if (out / "model").exists() or (out / "adapter").exists():
+        if (out / "finished.json").exists():  # a run's last file
             return
         argv = [*argv, "--resume"] if (out / "config.json").exists() else argv
     log.parent.mkdir(parents=True, exist_ok=True)

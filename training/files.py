@@ -1,14 +1,33 @@
-"""Whole files and JSON: a file is written aside and renamed, and an error names the file."""
+"""Whole files: written aside, flushed to disk, renamed; JSON; locks. Every error names the file."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import reprlib
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+from safetensors import SafetensorError
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let an OSError from writing `path` name it: a failed write, such as on a full disk, does not by itself."""
+    try:
+        yield
+    except SafetensorError as error:  # its message holds the cause
+        raise OSError(f"{path}: {error}") from None
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 120
@@ -86,11 +105,41 @@ def read_object(path: str | Path) -> dict:
     return value
 
 
+@contextlib.contextmanager
+def replaced(path: str | Path, earlier: str | Path | None = None) -> Iterator[BinaryIO]:
+    """A binary file to write; it takes the place of `path` once it is whole and on disk.
+
+    earlier: where to keep the file that was at `path`, if there was one.
+    """
+    aside = Path(f"{path}.tmp")
+    with naming(path):
+        try:
+            with aside.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        if earlier is not None and Path(path).exists():
+            os.replace(path, earlier)
+        os.replace(aside, path)
+        sync_folder(Path(path).parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename survives a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    aside = Path(f"{path}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with replaced(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_json(path: str | Path, value: object, indent: int = 2) -> None:
@@ -101,16 +150,63 @@ def write_json(path: str | Path, value: object, indent: int = 2) -> None:
 
 def append_json(path: str | Path, value: object) -> None:
     """Append one line to a .jsonl file."""
-    with Path(path).open("a", encoding="utf-8") as file:
+    with naming(path), Path(path).open("a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
 
 
-@contextmanager
+@contextlib.contextmanager
 def written_aside(folder: str | Path) -> Iterator[Path]:
-    """A folder to write files into; each is renamed into `folder` once all of them are whole."""
+    """A folder to write files into; each is renamed into `folder` once all of them are whole and on disk.
+
+    What a killed process has left of an earlier attempt is removed first.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as new:
+    remove_leftovers(folder)
+    with naming(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as new:
         yield Path(new)
-        for file in sorted(Path(new).iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        files = sorted(Path(new).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for file in files:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        for file in files:
             os.replace(file, folder / file.name)
+        sync_folder(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished copies that killed writers have left in a folder."""
+    for path in folder.glob(".writing-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path`. The kernel frees the lock of a process that ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it; `what` names what it writes.
+    """
+    path = Path(path)
+    while True:
+        with naming(path):
+            file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise ValueError(f"{what}: process {holder or '?'} is writing it; expected no other") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # the last holder has removed the file since it was opened here
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()

@@ -62,8 +62,8 @@ def add_lora(model: Transformer, rank: int, alpha: float, targets: Sequence[str]
     Raises:
         ValueError: rank below 1, a target the model does not have, or LoRA there already.
     """
-    if rank < 1:
-        raise ValueError(f"LoRA rank must be at least 1, got {rank}")
+    if not 1 <= rank <= model.config.hidden_size:
+        raise ValueError(f"LoRA rank (--lora-rank) must be in [1, hidden_size {model.config.hidden_size}], got {rank}")
     layers = targeted(model, targets)
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has LoRA layers already")

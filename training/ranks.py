@@ -94,6 +94,14 @@ class Ranks:
         dist.all_reduce(total)
         return total.item()
 
+    def max(self, values: list[int]) -> list[int]:
+        """The largest of each number over all ranks."""
+        if self.world == 1:
+            return values
+        largest = torch.tensor(values, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
+
     def first(self, make: Callable[[], object]) -> object:
         """What `make` returns on rank 0, on every rank."""
         found = [make() if self.rank == 0 else None]

@@ -1,18 +1,23 @@
-"""A run's folder: config.json, metrics.jsonl, selection.jsonl on request, checkpoint/.
+"""A run's folder: config.json, metrics.jsonl, selection.jsonl on request, checkpoint/, finished.json.
 
-Rank 0 writes it; every rank reads the checkpoint.
+Rank 0 writes it, and holds its lock; every rank reads the checkpoint. finished.json is the last file of a run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+import uuid
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy
@@ -24,11 +29,15 @@ from tqdm import tqdm
 
 from data.sft import Sample
 from qtuning import Quadrant, SamplePruning
-from training.files import append_json, read_object, write_json, write_text
+from training.checkpoint import read_checkpoint, usable_checkpoint, write_checkpoint
+from training.files import append_json, locked, read_object, remove_leftovers, write_json, write_text
 from training.ranks import Ranks
 from training.scoring import Scorer, trained_lengths
+from training.signals import Stopped, StopRequest
 
-# Settings that a resumed run may change; the samples of a step must stay the same all the same.
+SAVE_SECONDS = 600  # between checkpoints, without --save-every
+
+# Settings that a resumed run may change. The number of samples in a step must stay the same.
 MAY_CHANGE = {
     *("out", "resume", "max_steps", "save_every", "grad_accum", "pass_tokens", "activation_checkpointing"),
     *("reuse_forward", "eval_every", "eval_sets", "eval_limit"),
@@ -54,12 +63,14 @@ def device_name(kind: str) -> str:
     return torch.cuda.get_device_name() if kind == "cuda" else f"{os.cpu_count()} cpu cores"
 
 
-def describe_run(cfg, world: int, num_samples: int) -> dict:
+def describe_run(cfg, world: int, num_samples: int, hashes: dict[str, str]) -> dict:
     """config.json: everything that a reader needs to run it again."""
     return {
         **dataclasses.asdict(cfg),
+        "run_id": uuid.uuid4().hex,
         "world_size": world,
         "num_samples": num_samples,
+        "hashes": hashes,
         **code_version(),
         "device_name": device_name(cfg.device),
         "versions": {
@@ -69,12 +80,81 @@ def describe_run(cfg, world: int, num_samples: int) -> dict:
     }
 
 
-def open_run(cfg, description: dict) -> Path | None:
-    """Start the run folder, or return the checkpoint to continue from.
+# ------------------------------------------------------------------------------------- what a run reads
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """16 hexadecimal digits of a SHA-256 over these bytes."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little") + part)
+    return sha.hexdigest()[:16]
+
+
+def weights_hash(model: str | Path) -> str:
+    """A hash of a model folder's config.json, and of each weight file's size and 64 KiB at 16 places of it."""
+
+    def parts() -> Iterator[bytes]:
+        for path in (Path(model) / "config.json", *sorted(Path(model).glob("*.safetensors"))):
+            size = path.stat().st_size
+            yield f"{path.name} {size}".encode()
+            with path.open("rb") as file:
+                for place in range(16):
+                    file.seek(max(0, size - 2**16) * place // 15)
+                    yield file.read(2**16)
+
+    return digest(parts())
+
+
+def input_hashes(cfg, samples: Sequence[Sample], rows: Sequence[int], side: dict[str, dict[int, Tensor]]) -> dict:
+    """Hashes of what a run reads: its rows as tokenised, those that its pruner chose, base weights, side values."""
+    of_rows = (part for s in samples for part in (s.id.encode(), *(array("q", x) for x in (s.input_ids, s.labels))))
+    found = {
+        "rows": digest(bytes(part) for part in of_rows),
+        "chosen_rows": digest([array("q", rows).tobytes()]),
+        "base_weights": weights_hash(cfg.model),
+    }
+    for need, values in side.items():
+        found[need] = digest(values[row].double().numpy().tobytes() for row in rows)
+    return found
+
+
+HASHED = {
+    "rows": "the rows of --data as tokenised",
+    "chosen_rows": "the rows that --sample-pruner chooses",
+    "base_weights": "the weights in --model",
+}
+
+
+# -------------------------------------------------------------------------------------- start and resume
+
+
+@contextlib.contextmanager
+def owned(cfg, ranks: Ranks) -> Iterator[None]:
+    """Hold the run folder for this process (rank 0); a folder that stays empty is removed.
+
+    Raises:
+        ValueError: another process writes the run.
+    """
+    if ranks.rank:
+        yield
+        return
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out / ".lock", f"--out {out}"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()
+
+
+def open_run(cfg, description: dict) -> tuple[Path | None, str, list[str]]:
+    """Start the run folder or find the checkpoint to continue from: its path, the run's id, and warnings.
 
     Raises:
         ValueError: the folder holds a run and --resume is not given, or the other way round, or the run there
-            was made with other settings.
+            was made with other settings or from other inputs, or its checkpoints are broken.
     """
     out = Path(cfg.out)
     config_file = out / "config.json"
@@ -82,80 +162,152 @@ def open_run(cfg, description: dict) -> Path | None:
         if cfg.resume:
             raise ValueError(f"--resume: {out} holds no run (no config.json)")
         write_json(config_file, description)
-        return None
+        return None, description["run_id"], []
     if not cfg.resume:
         raise ValueError(f"--out {out} holds a run already; give --resume to continue it, or another folder")
     before = read_object(config_file)
+    if not isinstance(before.get("hashes"), dict) or "run_id" not in before:
+        raise ValueError(f"{config_file}: expected the settings of a run (with its run_id and hashes)")
     for key in ("num_samples", *(field.name for field in dataclasses.fields(cfg))):
         if key not in MAY_CHANGE and before.get(key) != description[key]:
             raise ValueError(f"--resume: the run in {out} has {key} {before.get(key)!r}, got {description[key]!r}")
     ours, theirs = (d["micro_batch"] * d["grad_accum"] * d["world_size"] for d in (description, before))
     if ours != theirs:
         raise ValueError(f"--resume: the run in {out} takes {theirs} samples a step, these settings take {ours}")
-    checkpoint_file = out / "checkpoint" / "state.pt"
-    return checkpoint_file if checkpoint_file.exists() else None
+    for name, value in description["hashes"].items():
+        if before["hashes"].get(name) != value:
+            what = HASHED.get(name, f"the values of {name!r} in the data or in --scores")
+            raise ValueError(f"--resume: {what} have changed since the run in {out} began")
+    for folder in ("model", "adapter"):
+        remove_leftovers(out / folder)
+    (out / "finished.json").unlink(missing_ok=True)
+    checkpoint, warnings = usable_checkpoint(out / "checkpoint", before["run_id"])
+    return checkpoint, before["run_id"], warnings
 
 
-def cut_log(path: Path, last_step: int) -> None:
-    """Drop the lines after the checkpoint's step; the resumed run writes them again."""
+def cut_log(path: Path, done: int) -> None:
+    """Keep the lines of the first `done` steps of a log; the resumed run writes the later ones again.
+
+    Raises:
+        FileNotFoundError: the log of a run with steps is missing.
+        ValueError: one of these lines is missing or broken, by file and line.
+    """
+    if not path.exists() and done:
+        raise FileNotFoundError(f"{path}: not found, but the checkpoint is at step {done}")
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for step in range(1, done + 1):
+        line = lines[step - 1] if step <= len(lines) else b""
+        try:
+            whole = json.loads(line)["step"] == step
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if not whole:
+            got = line[:60].decode("utf-8", "replace") or "nothing"
+            raise ValueError(f"{path}:{step}: expected the line of step {step}, got {got}")
     if path.exists():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without its end was cut off
-        write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= last_step))
+        write_text(path, b"".join(line + b"\n" for line in lines[:done]).decode("utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------- the run
 
 
 class Run:
     """The folder of one run, and what it reports on the terminal."""
 
-    def __init__(self, cfg, ranks: Ranks, num_samples: int):
-        self.cfg, self.ranks, self.out = cfg, ranks, Path(cfg.out)
-        description = describe_run(cfg, ranks.world, num_samples)
+    def __init__(self, cfg, ranks: Ranks, num_samples: int, hashes: dict[str, str], stop: StopRequest):
+        self.cfg, self.ranks, self.stop, self.out = cfg, ranks, stop, Path(cfg.out)
+        description = describe_run(cfg, ranks.world, num_samples, hashes)
         # Rank 0 decides, so that no rank reads a file that another has just written.
-        self.checkpoint = ranks.first(lambda: open_run(cfg, description))
+        self.checkpoint, self.run_id, warnings = ranks.first(lambda: open_run(cfg, description))
+        for warning in warnings:
+            self.say(f"warning: {warning}; continuing from the checkpoint before it")
         self.on_terminal = sys.stderr.isatty()
         self.bar: tqdm | None = None
+        self.saved_at = time.monotonic()
 
     def say(self, line: str) -> None:
         """Print a line, once for all ranks."""
         if self.ranks.rank == 0:
             print(line, flush=True)
 
-    def resume(self, trainable: dict[str, nn.Parameter], optimizer, stream, scorer: Scorer) -> int:
+    def resume(self, last_step: int, trainable: dict[str, nn.Parameter], optimizer, stream, scorer: Scorer) -> int:
         """Load the checkpoint, if there is one; returns the number of steps done."""
         done = 0
         if self.checkpoint:
-            state = torch.load(self.checkpoint, map_location=self.ranks.device, weights_only=True)
+            state = read_checkpoint(self.checkpoint)
             for name, parameter in trainable.items():
                 parameter.data.copy_(state["trainable"][name])
             optimizer.load_state_dict(state["optimizer"])
             stream.load(state["stream"])
             scorer.load(state["scores"])
             done = state["step"]
+            if done > last_step:
+                raise ValueError(
+                    f"--resume: the run in {self.out} is at step {done}, these settings end at {last_step}"
+                )
         if self.ranks.rank == 0:
-            for log in ("metrics.jsonl", "selection.jsonl"):
-                cut_log(self.out / log, done)
+            cut_log(self.out / "metrics.jsonl", done)
+            if self.cfg.log_selection:
+                cut_log(self.out / "selection.jsonl", done)
         return done
 
-    def save(self, step: int, trainable: dict[str, nn.Parameter], optimizer, stream, scorer: Scorer) -> None:
-        """Write the checkpoint: trained weights, optimizer, steps done, the stream's rows, scores to use again."""
-        if self.ranks.rank:
-            return
-        folder = self.out / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        state = {
-            "step": step,
-            "trainable": {name: parameter.detach() for name, parameter in trainable.items()},
-            "optimizer": optimizer.state_dict(),
-            "stream": stream.state(),
-            "scores": scorer.state(),
-        }
-        torch.save(state, folder / "state.pt.tmp")
-        os.replace(folder / "state.pt.tmp", folder / "state.pt")
-
-    def steps(self, done: int, last_step: int) -> tqdm:
-        """The steps to take: a progress bar on a terminal."""
+    def steps(self, done: int, last_step: int) -> Iterator[int]:
+        """The steps to take, with a progress bar on a terminal. A request to stop is noted and waits for the step."""
         hidden = self.ranks.rank > 0 or not self.on_terminal
         self.bar = tqdm(range(done + 1, last_step + 1), desc="train", initial=done, total=last_step, disable=hidden)
-        return self.bar
+        self.stop.deferred = True
+        yield from self.bar
+        self.stop.deferred = False
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step: by --save-every or the clock, at the end, or to stop. All ranks agree."""
+        every = self.cfg.save_every
+        now = time.monotonic() - self.saved_at >= SAVE_SECONDS if every is None else step % every == 0
+        now = now or step == self.bar.total
+        self.signal, now = self.ranks.max([self.stop.number, int(now and self.ranks.rank == 0)])
+        return bool(now or self.signal)
+
+    def save(self, step: int, trainable: dict[str, nn.Parameter], optimizer, stream, scorer: Scorer) -> None:
+        """Write the checkpoint; then leave, if a signal has asked for it.
+
+        Raises:
+            ValueError: a weight is not finite; the earlier checkpoint stays.
+            Stopped: a signal came during the step.
+        """
+        if self.ranks.rank == 0:
+            for name, parameter in trainable.items():
+                if not bool(parameter.isfinite().all()):
+                    raise ValueError(f"step {step}: the weight {name} is not finite; try a lower --lr")
+            for log in ("metrics.jsonl", "selection.jsonl"):  # on disk before the checkpoint that counts their lines
+                if (self.out / log).exists():
+                    with (self.out / log).open("rb") as file:
+                        os.fsync(file.fileno())
+            state = {
+                "run_id": self.run_id,
+                "step": step,
+                "trainable": {name: parameter.detach() for name, parameter in trainable.items()},
+                "optimizer": optimizer.state_dict(),
+                "stream": stream.state(),
+                "scores": scorer.state(),
+            }
+            write_checkpoint(self.out / "checkpoint", state)
+        self.saved_at = time.monotonic()
+        if self.signal:
+            raise Stopped(self.signal, f"stopped after step {step} of {self.bar.total}; --resume continues")
+
+    @contextlib.contextmanager
+    def scoring(self, step: int) -> Iterator[None]:
+        """While scores are computed, which may take long, a request to stop is met at once."""
+        if self.stop.number:
+            raise Stopped(self.stop.number, f"stopped in step {step}; --resume continues from the last checkpoint")
+        self.stop.deferred = False
+        yield
+        self.stop.deferred = True
+
+    def finish(self, step: int) -> None:
+        """Say that the run is whole: its last file."""
+        if self.ranks.rank == 0:
+            write_json(self.out / "finished.json", {"steps": step})
 
     def log(
         self,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.sft import Sample
+from data.sft import Sample, row_place
 from model import Transformer
 from qtuning import IGNORE_INDEX, sample_entropy, sample_perplexity
 from training.head import head_nll_and_entropy
@@ -88,6 +88,15 @@ def mean_nll(model: Transformer, samples: Sequence[Sample], pass_tokens: int, au
     return nll.sum(dim=-1) / loss_mask.sum(dim=-1)
 
 
+def not_finite(cfg, step: int, what: str, samples: Sequence[Sample]) -> ValueError:
+    """The error for a number that is NaN or infinite: the step, the rows that have it, and what to check."""
+    named = ", ".join(f"{sample.id!r} ({row_place(cfg.data, sample.number)})" for sample in samples[:3])
+    more = f" and {len(samples) - 3} more" if len(samples) > 3 else ""
+    check = "nothing is trained yet: check the weights in --model, and --dtype" if step <= 1 else "try a lower --lr"
+    rows = f" in row {named}{more}" if samples else ""
+    return ValueError(f"step {step}: {what} is NaN or infinite{rows}; {check}")
+
+
 @dataclasses.dataclass
 class RowScore:
     """PPL, entropy and token NLL (A,) of one row, and the number of earlier steps that used them."""
@@ -109,7 +118,7 @@ class Scorer:
     """
 
     def __init__(self, model: Transformer, samples: Sequence[Sample], ranks: Ranks, cfg, autocast, side: dict):
-        self.model, self.samples, self.ranks = model, samples, ranks
+        self.cfg, self.model, self.samples, self.ranks = cfg, model, samples, ranks
         self.pass_tokens, self.autocast, self.reuse = cfg.pass_tokens, autocast, cfg.reuse_scores
         self.side = side
         self.outputs = {} if cfg.reuse_forward else None  # row -> each layer's output, on the rank that scored it
@@ -117,9 +126,10 @@ class Scorer:
         self.used: set[int] = set()  # rows whose scores this step has used
         self.new_step()
 
-    def new_step(self) -> None:
+    def new_step(self, step: int = 0) -> None:
         """Start a step: the weights have changed."""
         self._end_step()
+        self.step = step
         self.computed: dict[Callable, dict[int, Tensor]] = {}  # needs that are functions of the model
         self.masks: dict[int, Tensor] = {}
         self.seconds, self.tokens = 0.0, 0  # what scoring took in this step
@@ -183,6 +193,10 @@ class Scorer:
         nll, entropy, mask = score(*self._inputs(rows), layers)
         if layers:
             self.outputs.update((rows[i], of_row) for i, of_row in layers.items())
+        finite = (nll.isfinite() & entropy.isfinite()).all(dim=1).tolist()
+        if not all(finite):
+            broken = [row for row, ok in zip(rows, finite, strict=True) if not ok]
+            raise not_finite(self.cfg, self.step, "the NLL or entropy", [self.samples[row] for row in broken])
         ppl, ent = sample_perplexity(nll, mask).tolist(), sample_entropy(entropy, mask).tolist()
         return [RowScore(ppl[i], ent[i], nll[i, mask[i]]) for i in range(len(rows))]
 
