@@ -395,7 +395,7 @@ def test_a_log_with_a_hole_or_a_broken_line_is_named_by_file_and_line(checkpoint
     (out / log).write_text("\n".join([lines[0], lines[2]]) + "\n")
     assert f"{out / log}:2: expected the line of step 2" in refused(capsys, *argv)
     (out / log).write_text("\n".join([lines[0], lines[1][:20], lines[2]]) + "\n")
-    assert f"{out / log}:2: expected the line of step 2, got {lines[1][:20]}" in refused(capsys, *argv)
+    assert f"{out / log}:2: expected the line of step 2, got {lines[1][:20].strip()}" in refused(capsys, *argv)
     (out / log).unlink()
     assert f"{out / log}: not found, but the checkpoint is at step 3" in refused(capsys, *argv)
 
