@@ -4,9 +4,8 @@
     python train.py --model DIR --data FILE --out runs/mine     your own checkpoint and data
     torchrun --standalone --nproc_per_node=8 train.py ...       the same on 8 devices
 
-A step takes micro_batch x grad_accum samples per rank. The ranks share the scoring and the training by length; every
-rank gets all scores, so every rank makes the same choice. The loss of a step is the sum over its kept tokens on all
-ranks, divided by their number.
+A step takes micro_batch x grad_accum samples per rank. The ranks share the scoring and the training by length, and
+the choices by prune batch. The loss of a step is the sum over its kept tokens on all ranks, divided by their number.
 
 The run folder holds config.json, metrics.jsonl (docs/METRICS.md explains each key), selection.jsonl with
 --log-selection, checkpoint/, and at the end model/ (full fine-tuning) or adapter/ (LoRA).
@@ -16,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -31,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.sft import Sample, load_samples
+from data.stream import fingerprint
 from data.tokenizer import TextTokenizer
 from eval import during
 from model import Transformer
@@ -38,7 +38,7 @@ from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, choose_samples, choose_tokens
 from qtuning import num_samples_to_keep, token_mask
 from training.head import TokenLoss
 from training.lora import add_lora, save_adapter
-from training.ranks import Ranks, chosen_device
+from training.ranks import Ranks, chosen_device, errors_in_one_line
 from training.run_folder import Run
 from training.scoring import Scorer, kept_batches, mean_nll
 
@@ -180,7 +180,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
 def train(cfg: Config) -> None:
     """Train with these settings, under torchrun or alone."""
     cfg = resolve(cfg)
-    with Ranks.joined(cfg.device) as ranks:
+    with Ranks.joined(cfg.device, patience=datetime.timedelta(hours=1)) as ranks:
         train_on(cfg, ranks)
 
 
@@ -204,6 +204,7 @@ def train_on(
     tokenizer = TextTokenizer.from_pretrained(cfg.model)
     samples, skipped = load_samples(cfg.data, tokenizer, cfg.template, cfg.max_length, cfg.skip_bad_rows)
     samples = change_rows(samples) if change_rows else samples
+    ranks.check_same(lambda: fingerprint(samples), f"the rows of --data {cfg.data}, as tokens")
     global_batch, per_step, schedule_steps, last_step = plan(cfg, len(samples), ranks.world)
     stream, note = row_stream(cfg, samples, lambda: first_losses(model, samples, cfg, ranks, autocast))
     side = read_side_values(cfg, samples, stream.rows)
@@ -249,7 +250,7 @@ def train_on(
         lr = cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / schedule_steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss_sum, losses = torch.zeros((), device=device), []
+        loss_sum, row_loss = torch.zeros((), device=device), torch.zeros(len(rows), dtype=torch.float64)
         for batch in kept_batches(cfg, samples, rows, kept, weights, scorer):
             # Gradients are exchanged once a step, on the last pass; DDP takes their mean over the ranks.
             with nullcontext() if batch.last or ranks.world == 1 else token_loss.no_sync():
@@ -257,9 +258,10 @@ def train_on(
                     loss, nll = token_loss(*batch.inputs)
                 (loss * (ranks.world / num_kept)).backward()
             loss_sum += loss.detach()
-            losses += zip(batch.places, nll.split(batch.counts), strict=True) if stream.draw else ()
+            if stream.draw and batch.places:
+                row_loss[batch.places] = torch.stack([part.mean() for part in nll.split(batch.counts)]).double().cpu()
         grad_norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
-        loss = ranks.sum(loss_sum.item()) / num_kept
+        loss = ranks.sum(loss_sum.double()).item() / num_kept
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise ValueError(f"step {step}: loss is {loss} and its gradient's norm {grad_norm}; try a lower --lr")
         differentiated = time.perf_counter()
@@ -269,8 +271,8 @@ def train_on(
             torch.cuda.synchronize()  # so that the seconds below are those of the work
         finished = time.perf_counter()
         if stream.draw:  # the next epoch is drawn by the rows' losses
-            losses = sorted(ranks.gather([(place, nll.mean().item()) for place, nll in losses]))
-            stream.learn([(rows[place], loss) for place, loss in losses])
+            trained, row_loss = kept.any(dim=1).nonzero()[:, 0].tolist(), ranks.sum(row_loss).tolist()
+            stream.learn([(rows[place], row_loss[place]) for place in trained])
 
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "score_s": selected - started}
         measured |= {"select_s": selected - started - scorer.seconds, "train_s": finished - selected}
@@ -315,22 +317,17 @@ def plan(cfg: Config, num_samples: int, world: int) -> tuple[int, int, int, int]
 
 def first_losses(model: Transformer, samples: list[Sample], cfg: Config, ranks: Ranks, autocast) -> Tensor:
     """Every row's mean NLL before training: (N,) float64."""
-    mine, found = list(range(ranks.rank, len(samples), ranks.world)), []
+    mine, found = list(range(ranks.rank, len(samples), ranks.world)), torch.zeros(len(samples), dtype=torch.float64)
     chunks = [mine[start : start + 256] for start in range(0, len(mine), 256)]
     every = 0.1 if sys.stderr.isatty() else 30
     for rows in tqdm(chunks, desc="losses of all rows", delay=2, disable=ranks.rank > 0, mininterval=every):
-        losses = mean_nll(model, [samples[i] for i in rows], cfg.pass_tokens, autocast)
-        found += zip(rows, losses.double().tolist(), strict=True)
-    return torch.tensor([loss for _, loss in sorted(ranks.gather(found))], dtype=torch.float64)
+        found[rows] = mean_nll(model, [samples[i] for i in rows], cfg.pass_tokens, autocast).double()
+    return ranks.sum(found)
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with errors_in_one_line("train.py"):
         train(parse_config(argv))
-    except (ValueError, OSError) as error:  # wrong input; every rank meets the same, and rank 0 prints it
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

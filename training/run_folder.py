@@ -123,6 +123,11 @@ class Run:
         """Load the checkpoint, if there is one; returns the number of steps done."""
         done = 0
         if self.checkpoint:
+            if not self.checkpoint.exists():
+                raise ValueError(
+                    f"--resume: {self.checkpoint} is not on {platform.node()}; every rank reads the checkpoint, so "
+                    f"--out must be a folder that all machines share, or hold a copy of checkpoint/ on each"
+                )
             state = torch.load(self.checkpoint, map_location=self.ranks.device, weights_only=True)
             for name, parameter in trainable.items():
                 parameter.data.copy_(state["trainable"][name])

@@ -4,7 +4,8 @@
 
     "ppl", "ent"      a sample's place on the Error-Uncertainty plane (Eq. 4, Eq. 5)
     "nll"             the NLL of each answer token
-    a function        of the model: (model, samples, pass_tokens, autocast) -> a Tensor for each sample
+    a function        of the model: (model, samples, pass_tokens, autocast) -> for each sample, a value for each answer
+                      token: (A,) float32
     any other text    a field of the data file, or a side file of --scores
 
 Shapes: B samples, A answer tokens of a sample, T label positions of the longest row, H hidden size.
@@ -13,6 +14,7 @@ Shapes: B samples, A answer tokens of a sample, T label positions of the longest
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -113,6 +115,8 @@ class Scorer:
         self.pass_tokens, self.autocast, self.reuse = cfg.pass_tokens, autocast, cfg.reuse_scores
         self.side = side
         self.outputs = {} if cfg.reuse_forward else None  # row -> each layer's output, on the rank that scored it
+        self.answers = torch.cat([answer_mask(sample) for sample in samples])  # T(x) of all rows, end to end
+        self.ends = [0, *itertools.accumulate(len(sample.labels) - 1 for sample in samples)]
         self.scores: dict[int, RowScore] = {}
         self.used: set[int] = set()  # rows whose scores this step has used
         self.new_step()
@@ -121,7 +125,6 @@ class Scorer:
         """Start a step: the weights have changed."""
         self._end_step()
         self.computed: dict[Callable, dict[int, Tensor]] = {}  # needs that are functions of the model
-        self.masks: dict[int, Tensor] = {}
         self.seconds, self.tokens = 0.0, 0  # what scoring took in this step
         self.on_plane = False  # whether a need of this step was "ppl" or "ent"
         if self.outputs is not None:
@@ -137,10 +140,11 @@ class Scorer:
 
     def loss_mask(self, rows: Sequence[int]) -> Tensor:
         """T(x) of these rows: (B, T) bool."""
-        for row in rows:
-            if row not in self.masks:
-                self.masks[row] = answer_mask(self.samples[row])
-        return pad_sequence([self.masks[row] for row in rows], batch_first=True)
+        return pad_sequence([self.answers[self.ends[row] : self.ends[row + 1]] for row in rows], batch_first=True)
+
+    def num_answer_tokens(self, rows: Sequence[int]) -> list[int]:
+        """|T(x)| of each of these rows."""
+        return self.loss_mask(rows).sum(dim=1).tolist()
 
     def per_sample(self, need: Need, rows: Sequence[int]) -> Tensor:
         """A score of each of these rows: (B,)."""
@@ -166,32 +170,37 @@ class Scorer:
         known = self.computed.setdefault(need, {})
         missing = [row for row in dict.fromkeys(rows) if row not in known]
         if missing:
-            known.update(self._shared(missing, lambda some: need(*self._inputs(some))))
+            found = self._shared(missing, self.num_answer_tokens(missing), lambda some: need(*self._inputs(some)))
+            known.update(zip(missing, found, strict=True))
         return [known[row] for row in rows]
 
     def _score_missing(self, rows: Sequence[int]) -> None:
         missing = [row for row in dict.fromkeys(rows) if row not in self.scores]
         if missing:
-            self.scores.update(self._shared(missing, self._score))
+            sizes = [2 + count for count in self.num_answer_tokens(missing)]
+            for row, values in zip(missing, self._shared(missing, sizes, self._score), strict=True):
+                self.scores[row] = RowScore(*values[:2].tolist(), values[2:])
         self.used.update(rows)
 
     def _inputs(self, rows: list[int]) -> tuple:
         return self.model, [self.samples[row] for row in rows], self.pass_tokens, self.autocast
 
-    def _score(self, rows: list[int]) -> list[RowScore]:
+    def _score(self, rows: list[int]) -> list[Tensor]:
+        """PPL, entropy and the answer tokens' NLL of each row: (2 + A,) each."""
         layers = None if self.outputs is None else {}
         nll, entropy, mask = score(*self._inputs(rows), layers)
         if layers:
             self.outputs.update((rows[i], of_row) for i, of_row in layers.items())
-        ppl, ent = sample_perplexity(nll, mask).tolist(), sample_entropy(entropy, mask).tolist()
-        return [RowScore(ppl[i], ent[i], nll[i, mask[i]]) for i in range(len(rows))]
+        plane = torch.stack([sample_perplexity(nll, mask), sample_entropy(entropy, mask)], dim=1)
+        return [torch.cat([plane[i], nll[i, mask[i]]]) for i in range(len(rows))]
 
-    def _shared(self, rows: list[int], work: Callable[[list[int]], list]) -> dict:
-        """row -> its result, each row computed on one rank, the results on all ranks."""
+    def _shared(self, rows: list[int], sizes: list[int], work: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+        """The values of each row, (size,), each computed on one rank, on all ranks."""
         started = time.perf_counter()
         lengths = [len(self.samples[row].input_ids) for row in rows]
-        mine = [rows[i] for i in self.ranks.share(lengths)]
-        found = dict(self.ranks.gather(list(zip(mine, work(mine) if mine else [], strict=True))))
+        mine = self.ranks.share(lengths)
+        values = work([rows[i] for i in mine]) if mine else []
+        found = self.ranks.exchange(sizes, dict(zip(mine, values, strict=True)))
         self.tokens += sum(lengths) - len(rows)
         self.seconds += time.perf_counter() - started
         return found
