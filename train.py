@@ -36,11 +36,14 @@ from eval import during
 from model import Transformer
 from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, choose_samples, choose_tokens, read_side_values, row_stream
 from qtuning import num_samples_to_keep, token_mask
+from training import memory
 from training.head import TokenLoss
 from training.lora import add_lora, save_adapter
-from training.ranks import Ranks, chosen_device, errors_in_one_line
+from training.packing import check_varlen
+from training.ranks import Ranks, chosen_device, chosen_dtype, errors_in_one_line
 from training.run_folder import Run
 from training.scoring import Scorer, kept_batches, mean_nll
+from training.shard import shard, whole_model
 
 HERE = Path(__file__).resolve().parent
 
@@ -75,7 +78,7 @@ class Config:
     micro_batch: int = flag(8, "samples per device in each micro-batch")
     grad_accum: int = flag(4, "micro-batches per device in each optimizer step")
     reuse_scores: int = flag(1, "inexact: use a row's scores in K steps before it is scored again")
-    pass_tokens: int | None = flag(None, "tokens of one forward pass; default: 2048 on cpu, 16384 on cuda")
+    pass_tokens: int | None = flag(None, "tokens of one forward pass; default: 2048 on cpu, on cuda as many as fit")
     epochs: float = flag(3.0, "passes over the rows; they set the length of the learning-rate schedule")
     max_steps: int | None = flag(None, "stop after this many steps of that schedule")
     lr: float = flag(1e-4, "peak learning rate, cosine to 0")
@@ -84,6 +87,7 @@ class Config:
         False, "keep only the layers' inputs for the backward pass: slower, less memory"
     )
     reuse_forward: bool = flag(False, "with --activation-checkpointing: train on the layer outputs of the scoring pass")
+    shard: bool = flag(False, "divide weights, gradients and moments among the ranks (FSDP): slower, less memory")
     max_length: int = flag(2048, "longest row in tokens; longer rows are cut")
     template: str = flag("auto", "chat template; auto: the tokenizer's own, else 'default'")
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
@@ -117,6 +121,16 @@ class Config:
             exact, scored = self.reuse_scores == 1, bool(needs & {"ppl", "ent", "nll"})
             fits = self.activation_checkpointing and self.token_pruning == "mask" and exact and scored
             check("reuse_forward", fits, "with --activation-checkpointing, --token-pruning mask and exact scores")
+        if self.shard:
+            samples, tokens = SAMPLE_PRUNERS[self.sample_pruner], TOKEN_PRUNERS[self.token_pruner]
+            clashes = {
+                "--reuse-forward": self.reuse_forward,
+                "--eval-every": self.eval_every is not None,
+                f"--sample-pruner {self.sample_pruner}": samples.draw is not None,
+                f"--token-pruner {self.token_pruner}": any(map(callable, tokens.needs)),
+            }
+            if odd := [name for name, given in clashes.items() if given]:
+                raise ValueError(f"--shard does not go with {', '.join(odd)}: the ranks would not run as many passes")
         check("max_length", self.max_length >= 2, "at least 2")
         check("lora_rank", self.lora_rank >= 0, "at least 0")
         check("epochs", 0 < self.epochs < math.inf, "above 0")
@@ -141,15 +155,17 @@ TINY = {
 
 
 def resolve(cfg: Config) -> Config:
-    """The settings with `auto` and the unset flags replaced by their values on this machine."""
+    """The settings with `auto` and the unset flags replaced by their values on this machine.
+
+    On a GPU an unset --pass-tokens stays unset, until the model is there (`with_pass_tokens`).
+    """
     device = chosen_device(cfg.device)
-    return dataclasses.replace(
-        cfg,
-        device=device,
-        dtype=("bf16" if device == "cuda" else "fp32") if cfg.dtype == "auto" else cfg.dtype,
-        prune_batch=cfg.prune_batch or cfg.micro_batch,
-        pass_tokens=cfg.pass_tokens or (16_384 if device == "cuda" else 2_048),
-    )
+    dtype = chosen_dtype(cfg.dtype, device)
+    if device == "cuda" and dtype == "bf16":
+        check_varlen()
+    pass_tokens = cfg.pass_tokens or (None if device == "cuda" else 2048)
+    prune_batch = cfg.prune_batch or cfg.micro_batch
+    return dataclasses.replace(cfg, device=device, dtype=dtype, prune_batch=prune_batch, pass_tokens=pass_tokens)
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -180,7 +196,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
 def train(cfg: Config) -> None:
     """Train with these settings, under torchrun or alone."""
     cfg = resolve(cfg)
-    with Ranks.joined(cfg.device, patience=datetime.timedelta(hours=1)) as ranks:
+    with Ranks.joined(cfg.device, patience=datetime.timedelta(hours=1)) as ranks, memory.explained(cfg, ranks.world):
         train_on(cfg, ranks)
 
 
@@ -197,8 +213,10 @@ def train_on(
         make_loss:   (model, activation_checkpointing) -> a module with `TokenLoss`'s inputs and outputs.
         change_rows: applied to the tokenised rows before training. Both are for ablations (reproduce/choices.py).
     """
+    cfg = dataclasses.replace(cfg, shard=cfg.shard and ranks.world > 1)
     device, bf16 = ranks.device, cfg.dtype == "bf16"
-    autocast = torch.autocast(cfg.device, dtype=torch.bfloat16, enabled=bf16)
+    # Uncached: each weight is read once a pass, and autocast would keep all 16-bit copies until its end.
+    autocast = torch.autocast(cfg.device, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     # Rows.
     tokenizer = TextTokenizer.from_pretrained(cfg.model)
@@ -212,10 +230,15 @@ def train_on(
 
     # Model and optimizer. Full fine-tuning keeps fp32 weights under autocast; LoRA puts fp32 adapters on a bf16 base.
     base_dtype = torch.bfloat16 if bf16 and cfg.lora_rank else torch.float32
-    model = Transformer.from_pretrained(cfg.model, dtype=base_dtype, device=device)
-    torch.manual_seed(cfg.seed)
-    if cfg.lora_rank:
-        add_lora(model, cfg.lora_rank, alpha=2 * cfg.lora_rank)
+    with memory.noted("loading the model"):
+        place = {"dtype": None, "device": "cpu"} if cfg.shard else {"dtype": base_dtype, "device": device}
+        model = Transformer.from_pretrained(cfg.model, **place)
+        torch.manual_seed(cfg.seed)
+        if cfg.lora_rank:
+            add_lora(model, cfg.lora_rank, alpha=2 * cfg.lora_rank)
+        if cfg.shard:
+            shard(model, ranks, base_dtype)
+    cfg = with_pass_tokens(cfg, model, samples, ranks)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
     token_loss = make_loss(model, cfg.activation_checkpointing)
@@ -231,8 +254,11 @@ def train_on(
     context = model.config.max_position_embeddings
     if too_long := sum(len(sample.input_ids) > context for sample in samples):
         run.say(f"warning: {too_long} rows exceed the model's context; --max-length {context} would cut them")
-    if ranks.world > 1:
-        token_loss = DistributedDataParallel(token_loss, device_ids=[device] if cfg.device == "cuda" else None)
+    if ranks.world > 1 and not cfg.shard:
+        devices = [device] if cfg.device == "cuda" else None
+        token_loss = DistributedDataParallel(
+            token_loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     for step in run.steps(done, last_step):
         started = time.perf_counter()
@@ -253,20 +279,23 @@ def train_on(
         loss_sum, row_loss = torch.zeros((), device=device), torch.zeros(len(rows), dtype=torch.float64)
         for batch in kept_batches(cfg, samples, rows, kept, weights, scorer):
             # Gradients are exchanged once a step, on the last pass; DDP takes their mean over the ranks.
-            with nullcontext() if batch.last or ranks.world == 1 else token_loss.no_sync():
+            exchange = nullcontext() if batch.last or ranks.world == 1 or cfg.shard else token_loss.no_sync()
+            with exchange, memory.noted("a training pass", batch.lengths):
                 with autocast:
                     loss, nll = token_loss(*batch.inputs)
                 (loss * (ranks.world / num_kept)).backward()
             loss_sum += loss.detach()
             if stream.draw and batch.places:
                 row_loss[batch.places] = torch.stack([part.mean() for part in nll.split(batch.counts)]).double().cpu()
-        grad_norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
+        grad_norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+        grad_norm = (grad_norm.full_tensor() if cfg.shard else grad_norm).item()
         loss = ranks.sum(loss_sum.double()).item() / num_kept
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise ValueError(f"step {step}: loss is {loss} and its gradient's norm {grad_norm}; try a lower --lr")
         differentiated = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
+        with memory.noted("the optimizer's step"):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=ranks.world == 1 or cfg.shard)  # DDP's gradients are views of its buckets
         if cfg.device == "cuda":
             torch.cuda.synchronize()  # so that the seconds below are those of the work
         finished = time.perf_counter()
@@ -282,8 +311,20 @@ def train_on(
         run.log(step, measured, samples, rows, weights, chosen, kept, scorer)
         if step % cfg.save_every == 0 or step == last_step:
             run.save(step, trainable, optimizer, stream, scorer)
+    if cfg.shard:
+        model = whole_model(model, ranks, cfg.lora_rank)
     if ranks.rank == 0:
         save_adapter(model, run.out / "adapter") if cfg.lora_rank else model.save_pretrained(run.out / "model")
+
+
+def with_pass_tokens(cfg: Config, model: Transformer, samples: list[Sample], ranks: Ranks) -> Config:
+    """The settings with --pass-tokens: where it is unset, as many tokens as fit the GPU with the least free memory."""
+    if cfg.pass_tokens:
+        return cfg
+    kept = cfg.micro_batch * cfg.grad_accum * sum(len(s.input_ids) for s in samples) // len(samples)
+    free = memory.free_bytes(ranks.device)
+    tokens = memory.fitting_tokens(cfg, model.config, ranks.world, free, kept if cfg.reuse_forward else 0)
+    return dataclasses.replace(cfg, pass_tokens=min(ranks.gather([tokens])))
 
 
 def plan(cfg: Config, num_samples: int, world: int) -> tuple[int, int, int, int]:

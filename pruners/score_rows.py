@@ -40,8 +40,8 @@ from qtuning import IGNORE_INDEX
 from training.files import read_json, write_json
 from training.head import TokenLoss
 from training.lora import load_adapter
-from training.packing import end_to_end, pack, packed, packs
-from training.ranks import chosen_device
+from training.packing import check_varlen, end_to_end, pack, packed, packs
+from training.ranks import chosen_device, chosen_dtype
 from training.scoring import mean_nll, score
 
 CHUNK = 256  # rows scored between two writes
@@ -295,8 +295,10 @@ def score_file(args) -> None:
     if args.what == "less" and not (args.warmup and args.targets):
         raise ValueError("less needs --warmup RUN and --targets FILE ...")
     device = chosen_device(args.device)
-    bf16 = device == "cuda" and args.what != "less"
-    autocast = torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext()
+    bf16 = args.what != "less" and chosen_dtype("auto", device) == "bf16"
+    if bf16:
+        check_varlen()
+    autocast = torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
     tokenizer = TextTokenizer.from_pretrained(args.model)
     samples, _ = load_samples(args.data, tokenizer, args.template, args.max_length, args.skip_bad_rows)
     rows_by_id(args.data)
@@ -308,7 +310,7 @@ def score_file(args) -> None:
     print(f"{args.what}: {len(samples)} rows, {len(samples) - len(todo)} of them scored already")
     if not todo:
         return
-    model = Transformer.from_pretrained(args.model, device=device)
+    model = Transformer.from_pretrained(args.model, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
     if args.adapter:
         load_adapter(model, args.adapter)
     values, told = values_of(args, model, tokenizer, autocast)

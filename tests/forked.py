@@ -30,20 +30,21 @@ class Failed(AssertionError):
 def on_ranks(world, work, *args, seconds=90):
     """What work(*args) returns on each of `world` ranks, under the variables that torchrun sets.
 
-    As torchrun does, the parent keeps the store, and ends the others some time after the first has failed.
+    As under torchrun, the store outlives every rank, and the others are ended some time after the first has failed.
 
     Raises:
         Failed: a rank exits with another status than 0, or with an exception.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
+    reply = context.SimpleQueue()
+    store = context.Process(target=_keep_store, args=(reply,))  # its threads are none of this process, which forks
+    store.start()
+    port = reply.get()
     with tempfile.TemporaryDirectory() as folder:
         queues = [context.SimpleQueue() for _ in range(world)]
         errors = [Path(folder) / f"{rank}.txt" for rank in range(world)]
         ranks = [
-            context.Process(
-                target=_rank, args=(rank, world, store.port, queues[rank], errors[rank], seconds, work, args)
-            )
+            context.Process(target=_rank, args=(rank, world, port, queues[rank], errors[rank], seconds, work, args))
             for rank in range(world)
         ]
         for process in ranks:
@@ -57,7 +58,7 @@ def on_ranks(world, work, *args, seconds=90):
             time.sleep(0.01)
         for rank, queue in enumerate(queues):
             found[rank] = queue.get() if not queue.empty() else found[rank]
-        for process in ranks:
+        for process in (*ranks, store):
             process.kill()
             process.join()
         codes, texts = [process.exitcode for process in ranks], [path.read_text() for path in errors]
@@ -66,8 +67,14 @@ def on_ranks(world, work, *args, seconds=90):
     return found
 
 
+def _keep_store(reply):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    reply.put(store.port)
+    time.sleep(3600)
+
+
 def _rank(rank, world, port, queue, stderr, seconds, work, args):
-    gc.freeze()  # what the parent has left, such as an earlier store, is not this process's to tear down
+    gc.freeze()  # what the parent has left is not this process's to tear down
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with stderr.open("w") as file:

@@ -34,6 +34,22 @@ def chosen_device(name: str) -> str:
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def chosen_dtype(name: str, device: str) -> str:
+    """The computing dtype that --dtype asks for: "bf16" or "fp32"; auto: bf16 on a GPU that has it.
+
+    Raises:
+        ValueError: --dtype bf16 on a GPU without it.
+    """
+    on_gpu = device == "cuda"
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and on_gpu and not has_bf16:
+        raise ValueError(
+            f"--dtype bf16: {torch.cuda.get_device_name()} does not compute in bf16 (compute capability 8.0 and newer "
+            f"do); --dtype fp32 runs on it"
+        )
+    return ("bf16" if has_bf16 else "fp32") if name == "auto" else name
+
+
 def share(costs: Sequence[int], world: int) -> list[list[int]]:
     """Each rank's items, ascending: the dearest first, each to the rank with the least work so far."""
     hands, load = [[] for _ in range(world)], [0] * world
@@ -71,7 +87,7 @@ def errors_in_one_line(prog: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if fails_first():
             message = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
             rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
@@ -157,6 +173,14 @@ class Ranks:
         total = values.to(self.device, copy=True)
         dist.all_reduce(total)
         return total.to(values.device)
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def exchange(
         self, sizes: Sequence[int], mine: Mapping[int, Tensor], dtype: torch.dtype = torch.float32

@@ -27,11 +27,12 @@ from qtuning import Quadrant, SamplePruning
 from training.files import append_json, read_json, write_json, write_text
 from training.ranks import Ranks
 from training.scoring import Scorer, trained_lengths
+from training.shard import own_parts, whole
 
 # Settings that a resumed run may change; the samples of a step must stay the same all the same.
 MAY_CHANGE = {
     *("out", "resume", "max_steps", "save_every", "grad_accum", "pass_tokens", "activation_checkpointing"),
-    *("reuse_forward", "eval_every", "eval_sets", "eval_limit"),
+    *("reuse_forward", "shard", "eval_every", "eval_sets", "eval_limit"),
 }
 
 
@@ -128,7 +129,11 @@ class Run:
                     f"--resume: {self.checkpoint} is not on {platform.node()}; every rank reads the checkpoint, so "
                     f"--out must be a folder that all machines share, or hold a copy of checkpoint/ on each"
                 )
-            state = torch.load(self.checkpoint, map_location=self.ranks.device, weights_only=True)
+            # A GPU copies from the mapped file, so that nothing of it stays in memory.
+            mapped = self.ranks.device.type == "cuda"
+            state = torch.load(self.checkpoint, map_location="cpu", mmap=mapped, weights_only=True)
+            if self.cfg.shard:
+                state = own_parts(state, trainable)
             for name, parameter in trainable.items():
                 parameter.data.copy_(state["trainable"][name])
             optimizer.load_state_dict(state["optimizer"])
@@ -142,17 +147,15 @@ class Run:
 
     def save(self, step: int, trainable: dict[str, nn.Parameter], optimizer, stream, scorer: Scorer) -> None:
         """Write the checkpoint: trained weights, optimizer, steps done, the stream's rows, scores to use again."""
+        weights = {name: parameter.detach() for name, parameter in trainable.items()}
+        state = {"step": step, "trainable": weights, "optimizer": optimizer.state_dict()}
+        if self.cfg.shard:
+            state = whole(state, self.ranks)
         if self.ranks.rank:
             return
         folder = self.out / "checkpoint"
         folder.mkdir(exist_ok=True)
-        state = {
-            "step": step,
-            "trainable": {name: parameter.detach() for name, parameter in trainable.items()},
-            "optimizer": optimizer.state_dict(),
-            "stream": stream.state(),
-            "scores": scorer.state(),
-        }
+        state |= {"stream": stream.state(), "scores": scorer.state()}
         torch.save(state, folder / "state.pt.tmp")
         os.replace(folder / "state.pt.tmp", folder / "state.pt")
 

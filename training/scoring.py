@@ -28,6 +28,7 @@ from model import Transformer
 from qtuning import IGNORE_INDEX, sample_entropy, sample_perplexity
 from training.head import head_nll_and_entropy
 from training.layers import recorded
+from training.memory import noted
 from training.packing import pack, packed, packs
 from training.ranks import Ranks
 
@@ -41,40 +42,42 @@ def score(
     pass_tokens: int,
     autocast: AbstractContextManager,
     outputs: dict[int, list[Tensor]] | None = None,
+    num_passes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """NLL and predictive entropy of every answer token, with the current weights (choice C18).
 
     Args:
         outputs: filled with each layer's output for sample i, (len(input_ids) - 1, H) each: views of a whole pass.
+        num_passes: the fewest passes to run, the last ones empty: with --shard the ranks run as many.
     Returns:
         nll, token_entropy (B, T) float32 and loss_mask (B, T) bool on the CPU; column t belongs to the token after
         input_ids[t].
     """
     model.eval()
-    device, weight = model.lm_head.weight.device, model.lm_head.weight
+    device = model.lm_head.weight.device
     groups = packs([len(s.input_ids) - 1 for s in samples], pass_tokens)
     parts = []
-    for group in groups:
-        input_ids, labels, lengths = pack([samples[i] for i in group], device)
+    for group in groups + [[]] * (num_passes - len(groups)):
+        input_ids, labels, lengths = pack([samples[i] for i in group] or [NOTHING], device)
         trainable = labels != IGNORE_INDEX
         layers: list[Tensor] = []
         run_layer = None if outputs is None else recorded(layers)
-        with autocast:
+        with autocast, noted("a scoring pass", lengths):
             hidden = model.hidden_states(input_ids, *packed(model, lengths), run_layer)[0, trainable]
-            parts.append(torch.stack(head_nll_and_entropy(hidden, weight, labels[trainable])))
+            parts.append(torch.stack(head_nll_and_entropy(hidden, model.lm_head.weight, labels[trainable])))
         if outputs is not None:
             of_rows = zip(*(output[0].split(lengths) for output in layers), strict=True)
             outputs.update(zip(group, of_rows, strict=True))
     model.train()
 
-    T = max(len(s.input_ids) for s in samples) - 1
+    T = max((len(s.input_ids) for s in samples), default=1) - 1
     rows = [i for group in groups for i in group]  # in the order of the values
     in_order = torch.zeros(len(samples), T, dtype=torch.bool)
     for place, i in enumerate(rows):
         in_order[place, : len(samples[i].labels) - 1] = answer_mask(samples[i])
     tables = torch.zeros(2, len(samples), T)
     tables[:, in_order] = torch.cat(parts, dim=1).cpu()
-    back = torch.tensor(rows).argsort()
+    back = torch.tensor(rows, dtype=torch.int64).argsort()
     nll, entropy = tables[:, back]
     return nll, entropy, in_order[back]
 
@@ -113,7 +116,7 @@ class Scorer:
     def __init__(self, model: Transformer, samples: Sequence[Sample], ranks: Ranks, cfg, autocast, side: dict):
         self.model, self.samples, self.ranks = model, samples, ranks
         self.pass_tokens, self.autocast, self.reuse = cfg.pass_tokens, autocast, cfg.reuse_scores
-        self.side = side
+        self.side, self.shard = side, cfg.shard
         self.outputs = {} if cfg.reuse_forward else None  # row -> each layer's output, on the rank that scored it
         self.answers = torch.cat([answer_mask(sample) for sample in samples])  # T(x) of all rows, end to end
         self.ends = [0, *itertools.accumulate(len(sample.labels) - 1 for sample in samples)]
@@ -187,8 +190,12 @@ class Scorer:
 
     def _score(self, rows: list[int]) -> list[Tensor]:
         """PPL, entropy and the answer tokens' NLL of each row: (2 + A,) each."""
-        layers = None if self.outputs is None else {}
-        nll, entropy, mask = score(*self._inputs(rows), layers)
+        layers, num_passes = None if self.outputs is None else {}, 0
+        if self.shard:
+            num_passes = self.ranks.most(
+                len(packs([len(self.samples[i].input_ids) - 1 for i in rows], self.pass_tokens))
+            )
+        nll, entropy, mask = score(*self._inputs(rows), layers, num_passes)
         if layers:
             self.outputs.update((rows[i], of_row) for i, of_row in layers.items())
         plane = torch.stack([sample_perplexity(nll, mask), sample_entropy(entropy, mask)], dim=1)
@@ -199,7 +206,7 @@ class Scorer:
         started = time.perf_counter()
         lengths = [len(self.samples[row].input_ids) for row in rows]
         mine = self.ranks.share(lengths)
-        values = work([rows[i] for i in mine]) if mine else []
+        values = work([rows[i] for i in mine]) if mine or self.shard else []
         found = self.ranks.exchange(sizes, dict(zip(mine, values, strict=True)))
         self.tokens += sum(lengths) - len(rows)
         self.seconds += time.perf_counter() - started
@@ -241,11 +248,18 @@ class KeptBatch:
     inputs: tuple
     last: bool
 
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each row."""
+        return self.inputs[2]
+
 
 def kept_batches(
     cfg, samples: Sequence[Sample], rows: Sequence[int], kept: Tensor, weights: Tensor, scorer: Scorer
 ) -> list[KeptBatch]:
     """This rank's share of the kept samples in as few passes as fit; a rank without any gets one empty pass.
+
+    With --shard the ranks run as many passes, the last ones empty.
 
     Args:
         rows:    (B,) the rows of the step.
@@ -263,8 +277,8 @@ def kept_batches(
     groups = []
     for part in ([p for p in mine if p in known], [p for p in mine if p not in known]):
         groups += [[part[i] for i in group] for group in packs([lengths[p] - 1 for p in part], cfg.pass_tokens)]
-    batches = []
-    for group in groups or [[]]:
+    num_passes, batches = ranks.most(len(groups)) if cfg.shard else 1, []
+    for group in groups + [[]] * (num_passes - len(groups)):
         layers = None
         if known.keys() & group:
             layers = [torch.cat(parts) for parts in zip(*(known.pop(p) for p in group), strict=True)]

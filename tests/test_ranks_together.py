@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -253,7 +254,9 @@ def test_the_fingerprint_sees_every_part_of_a_row_and_the_order(change):
 
 def two_machines(argv):
     """train.py on two ranks, each of a torchrun of its own: what each torchrun wrote to stderr, and its status."""
-    port = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=7"]
     launch += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
     command, env = [str(ROOT / "train.py"), *argv], {**os.environ, "OMP_NUM_THREADS": "1"}
