@@ -11,7 +11,7 @@ For P parameters, A of them trained, with 16-bit activations as train.py has the
   - the head's workspace: the logits of LOSS_ROWS tokens in training, a tile of them in scoring, never (N, V); in full
     tuning also the gradient of its weight, which the forward pass computes, and the weight's 16-bit copy.
 With --shard, weights, gradients and moments are divided by the ranks; whole are the embedding and the head, two layers
-at a time, and one layer's gradients.
+at a time, and the gradients of the first two and of a layer.
 It does not count the allocator's reserve and what CUDA and its libraries take.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -54,7 +55,7 @@ def layer_bytes(cfg: ModelConfig, tokens: int, lora_rank: int, bf16: bool) -> in
         attention += (q + kv) * (4 + s * full) + 4 * (heads + kv_heads)
     feed_forward = 4 * s * cfg.intermediate_size  # gate, its silu, up, their product
     per_token = norms + attention + feed_forward + 7 * s * lora_rank  # A x of seven linear layers
-    weights = meta_model(cfg, lora_rank).model["layers"][0]
+    weights = meta_model(dataclasses.replace(cfg, num_hidden_layers=1), lora_rank).model["layers"][0]
     cast = sum(p.numel() for p in weights.parameters() if p.requires_grad and p.dim() == 2) if bf16 else 0
     return tokens * per_token + 2 * cast  # autocast's bf16 copies of the fp32 weights that train
 
@@ -91,27 +92,26 @@ def peak_bytes(
     """
     kind = mode.partition(",")[0]
     rank = lora_rank if kind == "lora" else 0
-    model, s = meta_model(cfg, rank), 2 if bf16 else 4
-    total, trained, of_layer = (
-        sum(p.numel() for p in some)
-        for some in (
-            model.parameters(),
-            (p for p in model.parameters() if p.requires_grad and kind != "score"),
-            model.model["layers"][0].parameters(),
-        )
-    )
+    s, more_layers = 2 if bf16 else 4, cfg.num_hidden_layers - 1
+    model = meta_model(dataclasses.replace(cfg, num_hidden_layers=1), rank)
+    layer = list(model.model["layers"][0].parameters())
+    of_layer, trained_of_layer = (sum(p.numel() for p in layer if p.requires_grad >= least) for least in (0, 1))
+    total = sum(p.numel() for p in model.parameters()) + more_layers * of_layer
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) + more_layers * trained_of_layer
+    trained = 0 if kind == "score" else trained
     weights = 4 * total if kind == "full" else s * (total - trained) + 4 * trained
     if shard and ranks > 1:
         size = 4 if kind == "full" else s
         outside = total - cfg.num_hidden_layers * of_layer
         states = (weights + 12 * trained) / ranks + size * (outside + 2 * of_layer)
-        states += 4 * of_layer if kind == "full" else 0
+        states += 4 * (outside + of_layer) if kind == "full" else 0  # their gradients, before they are divided
     else:
         states = weights + 12 * trained + 4 * trained * (ranks > 1)
     if kind == "score":
         alive = s * tokens * (3 * cfg.hidden_size + 3 * cfg.intermediate_size)  # at once, in the feed-forward layer
         rows, columns = TILE[device]
-        return int(states) + alive + 3 * 4 * min(rows, tokens) * min(columns, cfg.vocab_size)
+        tile = 3 * 4 * min(rows, tokens) * min(columns, cfg.vocab_size) + s * tokens * cfg.hidden_size
+        return int(states) + max(alive, tile)
     head = min(LOSS_ROWS[device], tokens) * cfg.vocab_size * (4 + 4)  # logits, and their exponentials to sum
     if kind == "full":
         head += cfg.vocab_size * cfg.hidden_size * (4 + 2 * bf16)
