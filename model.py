@@ -291,6 +291,10 @@ RunLayer = Callable[..., Tensor]
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """softmax(q k / sqrt(d)) v over the slots that `seen` allows; causal where it is None."""
+    if q.is_cuda and q.shape[1] != k.shape[1] and (q.dtype == torch.float32 or seen is not None):
+        # Grouped heads: flash attention takes neither fp32 nor a mask, and of the other kernels only the one that
+        # writes out all T x T weights takes them. With a key and a value for each query head, others do.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
 
 
@@ -330,8 +334,8 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.normalised:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.normalised:  # under autocast, fp32 norm weights give fp32: back to what attention computes in
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -427,13 +431,14 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls, folder: str | Path, *, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
     ) -> Transformer:
         """Load a Hugging Face folder: config.json and one .safetensors file or a sharded index.
 
         Sizes, names, shapes and types are checked on the headers of the files, before memory is taken. The network
         is then built on the meta device and takes each tensor as it is read from the memory-mapped file, so that
-        what is allocated peaks at one model plus one tensor.
+        what is allocated peaks at one model plus one tensor. On a CPU and with dtype None, which leaves each tensor
+        as it is in the file, nothing is allocated: the weights are the mapped file.
         Strict: a missing, extra, truncated or misshapen tensor is an error, as is one that is not in fp32, fp16
         or bf16. Tied embeddings may be stored under either name.
 

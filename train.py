@@ -4,9 +4,8 @@
     python train.py --model DIR --data FILE --out runs/mine     your own checkpoint and data
     torchrun --standalone --nproc_per_node=8 train.py ...       the same on 8 devices
 
-A step takes micro_batch x grad_accum samples per rank. The ranks share the scoring and the training by length; every
-rank gets all scores, so every rank makes the same choice. The loss of a step is the sum over its kept tokens on all
-ranks, divided by their number.
+A step takes micro_batch x grad_accum samples per rank. The ranks share the scoring and the training by length, and
+the choices by prune batch. The loss of a step is the sum over its kept tokens on all ranks, divided by their number.
 
 The run folder holds config.json, metrics.jsonl (docs/METRICS.md explains each key), selection.jsonl with
 --log-selection, checkpoint/, and at the end model/ (full fine-tuning) or adapter/ (LoRA).
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import math
 import os
 import sys
@@ -31,18 +31,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.sft import Sample, check_token_ids, load_samples
+from data.stream import fingerprint
 from data.templates import resolve_template
 from data.tokenizer import TextTokenizer
 from eval import during
 from model import Transformer, read_config
 from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, choose_samples, choose_tokens, read_side_values, row_stream
 from qtuning import num_samples_to_keep, token_mask
+from training import memory
 from training.head import TokenLoss
 from training.lora import add_lora, save_adapter
 from training.model_folder import tokenizer_files
-from training.ranks import Ranks, chosen_device
+from training.packing import check_varlen
+from training.ranks import Ranks, chosen_device, chosen_dtype, errors_in_one_line
 from training.run_folder import Run, input_hashes, owned
 from training.scoring import Scorer, kept_batches, mean_nll, not_finite
+from training.shard import shard, whole_model
 from training.signals import Stopped, StopRequest
 
 HERE = Path(__file__).resolve().parent
@@ -79,7 +83,7 @@ class Config:
     micro_batch: int = flag(8, "samples per device in each micro-batch")
     grad_accum: int = flag(4, "micro-batches per device in each optimizer step")
     reuse_scores: int = flag(1, "inexact: use a row's scores in K steps before it is scored again")
-    pass_tokens: int | None = flag(None, "tokens of one forward pass; default: 2048 on cpu, 16384 on cuda")
+    pass_tokens: int | None = flag(None, "tokens of one forward pass; default: 2048 on cpu, on cuda as many as fit")
     epochs: float = flag(3.0, "passes over the rows; they set the length of the learning-rate schedule")
     max_steps: int | None = flag(None, "stop after this many steps of that schedule")
     lr: float = flag(1e-4, "peak learning rate, cosine to 0")
@@ -88,6 +92,7 @@ class Config:
         False, "keep only the layers' inputs for the backward pass: slower, less memory"
     )
     reuse_forward: bool = flag(False, "with --activation-checkpointing: train on the layer outputs of the scoring pass")
+    shard: bool = flag(False, "divide weights, gradients and moments among the ranks (FSDP): slower, less memory")
     max_length: int = flag(2048, "longest row in tokens; longer rows are cut")
     template: str = flag("auto", "chat template; auto: the tokenizer's own, else 'default'")
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
@@ -125,6 +130,16 @@ class Config:
             exact, scored = self.reuse_scores == 1, bool(needs & {"ppl", "ent", "nll"})
             fits = self.activation_checkpointing and self.token_pruning == "mask" and exact and scored
             check("reuse_forward", fits, "with --activation-checkpointing, --token-pruning mask and exact scores")
+        if self.shard:
+            samples, tokens = SAMPLE_PRUNERS[self.sample_pruner], TOKEN_PRUNERS[self.token_pruner]
+            clashes = {
+                "--reuse-forward": self.reuse_forward,
+                "--eval-every": self.eval_every is not None,
+                f"--sample-pruner {self.sample_pruner}": samples.draw is not None,
+                f"--token-pruner {self.token_pruner}": any(map(callable, tokens.needs)),
+            }
+            if odd := [name for name, given in clashes.items() if given]:
+                raise ValueError(f"--shard does not go with {', '.join(odd)}: the ranks would not run as many passes")
         check("max_length", self.max_length >= 2, "at least 2")
         check("lora_rank", 0 <= self.lora_rank <= 65_536, "in [0, 65536]")
         check("epochs", 0 < self.epochs <= 1e6, "above 0 and at most 1e6")
@@ -150,15 +165,17 @@ TINY = {
 
 
 def resolve(cfg: Config) -> Config:
-    """The settings with `auto` and the unset flags replaced by their values on this machine."""
+    """The settings with `auto` and the unset flags replaced by their values on this machine.
+
+    On a GPU an unset --pass-tokens stays unset, until the model is there (`with_pass_tokens`).
+    """
     device = chosen_device(cfg.device)
-    return dataclasses.replace(
-        cfg,
-        device=device,
-        dtype=("bf16" if device == "cuda" else "fp32") if cfg.dtype == "auto" else cfg.dtype,
-        prune_batch=cfg.prune_batch or cfg.micro_batch,
-        pass_tokens=cfg.pass_tokens or (16_384 if device == "cuda" else 2_048),
-    )
+    dtype = chosen_dtype(cfg.dtype, device)
+    if device == "cuda" and dtype == "bf16":
+        check_varlen()
+    pass_tokens = cfg.pass_tokens or (None if device == "cuda" else 2048)
+    prune_batch = cfg.prune_batch or cfg.micro_batch
+    return dataclasses.replace(cfg, device=device, dtype=dtype, prune_batch=prune_batch, pass_tokens=pass_tokens)
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -194,7 +211,12 @@ def train(cfg: Config) -> None:
         Stopped: SIGTERM or Ctrl-C; the run is saved if a step was done.
     """
     cfg = resolve(cfg)
-    with StopRequest() as stop, Ranks.joined(cfg.device) as ranks, owned(cfg, ranks):
+    with (
+        StopRequest() as stop,
+        Ranks.joined(cfg.device, patience=datetime.timedelta(hours=1)) as ranks,
+        owned(cfg, ranks),
+        memory.explained(cfg, ranks.world),
+    ):
         train_on(cfg, ranks, stop)
 
 
@@ -212,8 +234,10 @@ def train_on(
         make_loss:   (model, activation_checkpointing) -> a module with `TokenLoss`'s inputs and outputs.
         change_rows: applied to the tokenised rows before training. Both are for ablations (reproduce/choices.py).
     """
+    cfg = dataclasses.replace(cfg, shard=cfg.shard and ranks.world > 1)
     device, bf16 = ranks.device, cfg.dtype == "bf16"
-    autocast = torch.autocast(cfg.device, dtype=torch.bfloat16, enabled=bf16)
+    # Uncached: each weight is read once a pass, and autocast would keep all 16-bit copies until its end.
+    autocast = torch.autocast(cfg.device, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     # Rows.
     tokenizer = TextTokenizer.from_pretrained(cfg.model)
@@ -224,6 +248,7 @@ def train_on(
     end_id, written = template.end_id, tokenizer.files(template.chat_template)
     del template  # ends the process that renders chat templates
     samples = change_rows(samples) if change_rows else samples
+    ranks.check_same(lambda: fingerprint(samples), f"the rows of --data {cfg.data}, as tokens")
     global_batch, per_step, schedule_steps, last_step = plan(cfg, len(samples), ranks.world)
     stream, note = row_stream(cfg, samples, lambda: first_losses(model, samples, cfg, ranks, autocast))
     side = read_side_values(cfg, samples, stream.rows)
@@ -231,11 +256,16 @@ def train_on(
 
     # Model and optimizer. Full fine-tuning keeps fp32 weights under autocast; LoRA puts fp32 adapters on a bf16 base.
     base_dtype = torch.bfloat16 if bf16 and cfg.lora_rank else torch.float32
-    model = Transformer.from_pretrained(cfg.model, dtype=base_dtype, device=device)
-    model.config = model.config.ending_with(end_id)
-    torch.manual_seed(cfg.seed)
-    if cfg.lora_rank:
-        add_lora(model, cfg.lora_rank, alpha=2 * cfg.lora_rank)
+    with memory.noted("loading the model"):
+        place = {"dtype": None, "device": "cpu"} if cfg.shard else {"dtype": base_dtype, "device": device}
+        model = Transformer.from_pretrained(cfg.model, **place)
+        model.config = model.config.ending_with(end_id)
+        torch.manual_seed(cfg.seed)
+        if cfg.lora_rank:
+            add_lora(model, cfg.lora_rank, alpha=2 * cfg.lora_rank)
+        if cfg.shard:
+            shard(model, ranks, base_dtype)
+    cfg = with_pass_tokens(cfg, model, samples, ranks)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
     token_loss = make_loss(model, cfg.activation_checkpointing)
@@ -251,8 +281,11 @@ def train_on(
     context = model.config.max_position_embeddings
     if too_long := sum(len(sample.input_ids) > context for sample in samples):
         run.say(f"warning: {too_long} rows exceed the model's context; --max-length {context} would cut them")
-    if ranks.world > 1:
-        token_loss = DistributedDataParallel(token_loss, device_ids=[device] if cfg.device == "cuda" else None)
+    if ranks.world > 1 and not cfg.shard:
+        devices = [device] if cfg.device == "cuda" else None
+        token_loss = DistributedDataParallel(
+            token_loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     for step in run.steps(done, last_step):
         started = time.perf_counter()
@@ -270,29 +303,34 @@ def train_on(
         lr = cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / schedule_steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss_sum, nlls = torch.zeros((), device=device), []
+        loss_sum, row_loss, nlls = torch.zeros((), device=device), torch.zeros(len(rows), dtype=torch.float64), []
         for batch in kept_batches(cfg, samples, rows, kept, weights, scorer):
             # Gradients are exchanged once a step, on the last pass; DDP takes their mean over the ranks.
-            with nullcontext() if batch.last or ranks.world == 1 else token_loss.no_sync():
+            exchange = nullcontext() if batch.last or ranks.world == 1 or cfg.shard else token_loss.no_sync()
+            with exchange, memory.noted("a training pass", batch.lengths):
                 with autocast:
                     loss, nll = token_loss(*batch.inputs)
                 (loss * (ranks.world / num_kept)).backward()
             loss_sum += loss.detach()
             nlls += zip(batch.places, nll.split(batch.counts), strict=True)
-        grad_norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
-        loss = ranks.sum(loss_sum.item()) / num_kept
+            if stream.draw and batch.places:
+                row_loss[batch.places] = torch.stack([part.mean() for part in nll.split(batch.counts)]).double().cpu()
+        grad_norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+        grad_norm = (grad_norm.full_tensor() if cfg.shard else grad_norm).item()
+        loss = ranks.sum(loss_sum.double()).item() / num_kept
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             broken = [samples[rows[place]] for place, nll in nlls if not nll.isfinite().all()]
             raise not_finite(cfg, step, f"the loss ({loss}) or the gradient's norm ({grad_norm})", broken)
         differentiated = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
+        with memory.noted("the optimizer's step"):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=ranks.world == 1 or cfg.shard)  # DDP's gradients are views of its buckets
         if cfg.device == "cuda":
             torch.cuda.synchronize()  # so that the seconds below are those of the work
         finished = time.perf_counter()
         if stream.draw:  # the next epoch is drawn by the rows' losses
-            losses = sorted(ranks.gather([(place, nll.mean().item()) for place, nll in nlls]))
-            stream.learn([(rows[place], loss) for place, loss in losses])
+            trained, row_loss = kept.any(dim=1).nonzero()[:, 0].tolist(), ranks.sum(row_loss).tolist()
+            stream.learn([(rows[place], row_loss[place]) for place in trained])
 
         measured = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "score_s": selected - started}
         measured |= {"select_s": selected - started - scorer.seconds, "train_s": finished - selected}
@@ -303,12 +341,24 @@ def train_on(
         run.log(step, measured, samples, rows, weights, chosen, kept, scorer)
         if run.due(step):
             run.save(step, trainable, optimizer, stream, scorer)
+    if cfg.shard:
+        model = whole_model(model, ranks, cfg.lora_rank)
     if ranks.rank == 0:
         if cfg.lora_rank:
             save_adapter(model, run.out / "adapter", written)
         else:
             model.save_pretrained(run.out / "model", extra_files=written)
         run.finish(last_step)
+
+
+def with_pass_tokens(cfg: Config, model: Transformer, samples: list[Sample], ranks: Ranks) -> Config:
+    """The settings with --pass-tokens: where it is unset, as many tokens as fit the GPU with the least free memory."""
+    if cfg.pass_tokens:
+        return cfg
+    kept = cfg.micro_batch * cfg.grad_accum * sum(len(s.input_ids) for s in samples) // len(samples)
+    free = memory.free_bytes(ranks.device)
+    tokens = memory.fitting_tokens(cfg, model.config, ranks.world, free, kept if cfg.reuse_forward else 0)
+    return dataclasses.replace(cfg, pass_tokens=min(ranks.gather([tokens])))
 
 
 def plan(cfg: Config, num_samples: int, world: int) -> tuple[int, int, int, int]:
@@ -342,26 +392,22 @@ def plan(cfg: Config, num_samples: int, world: int) -> tuple[int, int, int, int]
 
 def first_losses(model: Transformer, samples: list[Sample], cfg: Config, ranks: Ranks, autocast) -> Tensor:
     """Every row's mean NLL before training: (N,) float64."""
-    mine, found = list(range(ranks.rank, len(samples), ranks.world)), []
+    mine, found = list(range(ranks.rank, len(samples), ranks.world)), torch.zeros(len(samples), dtype=torch.float64)
     chunks = [mine[start : start + 256] for start in range(0, len(mine), 256)]
     every = 0.1 if sys.stderr.isatty() else 30
     for rows in tqdm(chunks, desc="losses of all rows", delay=2, disable=ranks.rank > 0, mininterval=every):
-        losses = mean_nll(model, [samples[i] for i in rows], cfg.pass_tokens, autocast)
-        found += zip(rows, losses.double().tolist(), strict=True)
-    return torch.tensor([loss for _, loss in sorted(ranks.gather(found))], dtype=torch.float64)
+        found[rows] = mean_nll(model, [samples[i] for i in rows], cfg.pass_tokens, autocast).double()
+    return ranks.sum(found)
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        train(parse_config(argv))
-    except Stopped as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except (ValueError, OSError) as error:  # wrong input; every rank meets the same, and rank 0 prints it
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    with errors_in_one_line("train.py"):
+        try:
+            train(parse_config(argv))
+        except Stopped as asked:
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"train.py: {asked}", file=sys.stderr)
+            sys.exit(asked.status)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def eval_scores(
         if task == "rows":
             found = rows_scores(model, items, pass_tokens, autocast)
         else:
-            found = {task: evaluate(model, tokenizer, items)["score"]}
+            with autocast:  # the fp32 weights of full tuning, too, generate in 16 bits
+                found = {task: evaluate(model, tokenizer, items)["score"]}
         scores |= {f"eval_{name}": value for name, value in found.items()}
     model.train()
     return scores

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data.tokenizer import TextTokenizer
 from eval.common import Protocol, check_protocol, how, over_ranks, prompt_id, result
 from model import Attend, Transformer, attention, visible
+from training.head import compute_dtype
 from training.ranks import seeded
 
 LOGITS_AT_ONCE = 2**24  # fp32 logits alive at one time: 64 MiB
@@ -37,7 +38,7 @@ class KVCache:
     def __init__(self, model: Transformer, rows: int, slots: int):
         cfg, weight = model.config, model.lm_head.weight
         shape = (cfg.num_hidden_layers, rows, cfg.num_key_value_heads, slots, cfg.head_dim)
-        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.keys = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.window = cfg.sliding_window
 

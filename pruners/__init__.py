@@ -142,30 +142,47 @@ COMPUTED = ("ppl", "ent", "nll")  # needs that the current weights answer; any o
 # ----------------------------------------------------------------------------- the two stages of a step
 
 
+CHOICES = ("keep", "quadrant", "backfilled", "prune_tokens")  # of a SamplePruning, as they travel between ranks
+
+
 def choose_samples(cfg, step: int, rows: Sequence[int], scorer: Scorer) -> SamplePruning:
-    """Stage 1 in each prune batch of the step's rows, joined: the decision about every row."""
-    pruner = SAMPLE_PRUNERS[cfg.sample_pruner]
+    """Stage 1 in each prune batch of the step's rows, joined: the decision about every row.
+
+    Each rank decides about its share of the prune batches.
+    """
+    pruner, ranks = SAMPLE_PRUNERS[cfg.sample_pruner], scorer.ranks
     if pruner.choose is None:  # the stream gives chosen rows
         return every_sample(len(rows))
-    scores, parts = [scorer.per_sample(need, rows) for need in pruner.needs], []
-    for start in range(0, len(rows), cfg.prune_batch):
-        part = slice(start, start + cfg.prune_batch)
-        of_part = [values[part] for values in scores]
-        parts.append(pruner.choose(cfg, seeded(cfg.seed, step, start), len(rows[part]), *of_part))
-    fields = ("keep", "quadrant", "backfilled", "prune_tokens")
-    return SamplePruning(*(torch.cat([getattr(part, name) for part in parts]) for name in fields), thresholds=None)
+    scores, mine = [scorer.per_sample(need, rows) for need in pruner.needs], {}
+    parts = [slice(start, start + cfg.prune_batch) for start in range(0, len(rows), cfg.prune_batch)]
+    sizes = [len(rows[part]) for part in parts]
+    for i in range(ranks.rank, len(parts), ranks.world):
+        generator, of_part = seeded(cfg.seed, step, parts[i].start), [values[parts[i]] for values in scores]
+        chosen = pruner.choose(cfg, generator, sizes[i], *of_part)
+        mine[i] = torch.cat([getattr(chosen, name).to(torch.uint8) for name in CHOICES])
+    found = ranks.exchange([len(CHOICES) * size for size in sizes], mine, torch.uint8)
+    keep, quadrant, backfilled, prune_tokens = torch.cat([part.view(len(CHOICES), -1) for part in found], dim=1)
+    return SamplePruning(keep.bool(), quadrant.long(), backfilled.bool(), prune_tokens.bool(), thresholds=None)
 
 
 def choose_tokens(cfg, step: int, rows: Sequence[int], chosen: SamplePruning, scorer: Scorer) -> Tensor:
-    """Stage 2 for the samples to be trimmed: (B, T) bool, their kept tokens; the whole answer of every other sample."""
-    pruner, tokens = TOKEN_PRUNERS[cfg.token_pruner], scorer.loss_mask(rows)
+    """Stage 2 for the samples to be trimmed: (B, T) bool, their kept tokens; the whole answer of every other sample.
+
+    Each rank decides about its share of the samples.
+    """
+    pruner, tokens, ranks = TOKEN_PRUNERS[cfg.token_pruner], scorer.loss_mask(rows), scorer.ranks
     places = chosen.prune_tokens.nonzero()[:, 0].tolist()
     if places:
         trimmed, width = [rows[place] for place in places], tokens.shape[1]
         scores = [scorer.per_token(need, trimmed) for need in pruner.needs]
         scores = [F.pad(table, (0, width - table.shape[1])) for table in scores]
-        generators = [seeded(cfg.seed, step, place, 1) for place in places]
-        tokens[places] = pruner.decide(cfg, generators, tokens[places], *scores)
+        masks, mine, decided = tokens[places], list(range(ranks.rank, len(places), ranks.world)), {}
+        if mine:
+            generators = [seeded(cfg.seed, step, places[i], 1) for i in mine]
+            kept = pruner.decide(cfg, generators, masks[mine], *(table[mine] for table in scores))
+            decided = {i: of_row[masks[i]].to(torch.uint8) for i, of_row in zip(mine, kept, strict=True)}
+        bits = ranks.exchange(masks.sum(dim=1).tolist(), decided, torch.uint8)
+        tokens[places] = masks.masked_scatter(masks, torch.cat(bits).bool())
     return tokens
 
 

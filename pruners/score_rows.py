@@ -41,8 +41,8 @@ from qtuning import IGNORE_INDEX
 from training.files import locked, naming, read_object, write_json
 from training.head import TokenLoss
 from training.lora import load_adapter
-from training.packing import end_to_end, pack, packed, packs
-from training.ranks import chosen_device
+from training.packing import check_varlen, end_to_end, pack, packed, packs
+from training.ranks import chosen_device, chosen_dtype
 from training.run_folder import weights_hash
 from training.scoring import mean_nll, score
 
@@ -300,8 +300,9 @@ def score_file(args) -> None:
     if args.what == "less" and not (args.warmup and args.targets):
         raise ValueError("less needs --warmup RUN and --targets FILE ...")
     device = chosen_device(args.device)
-    bf16 = device == "cuda" and args.what != "less"
-    autocast = torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext()
+    bf16 = args.what != "less" and chosen_dtype("auto", device) == "bf16"
+    if bf16:
+        check_varlen()
     tokenizer = TextTokenizer.from_pretrained(args.model)
     samples, _ = load_samples(args.data, tokenizer, args.template, args.max_length, args.skip_bad_rows)
     check_token_ids(args.data, samples, tokenizer, read_config(args.model).vocab_size)
@@ -312,10 +313,12 @@ def score_file(args) -> None:
     settings = {key: getattr(args, key) for key in keys} | {"base_weights": weights_hash(args.model)}
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f".{args.what}.lock", f"{folder / args.what}.jsonl"):
-        score_missing(args, samples, tokenizer, settings, device, autocast)
+        score_missing(args, samples, tokenizer, settings, device, bf16)
 
 
-def score_missing(args, samples: list[Sample], tokenizer: TextTokenizer, settings: dict, device: str, autocast) -> None:
+def score_missing(
+    args, samples: list[Sample], tokenizer: TextTokenizer, settings: dict, device: str, bf16: bool
+) -> None:
     """Append the values of the rows that the side file lacks.
 
     Raises:
@@ -327,9 +330,10 @@ def score_missing(args, samples: list[Sample], tokenizer: TextTokenizer, setting
     print(f"{args.what}: {len(samples)} rows, {len(samples) - len(todo)} of them scored already")
     if not todo:
         return
-    model = Transformer.from_pretrained(args.model, device=device)
+    model = Transformer.from_pretrained(args.model, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
     if args.adapter:
         load_adapter(model, args.adapter)
+    autocast = torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
     values, facts = values_of(args, model, tokenizer, autocast)
     if facts:
         about = folder / f"{args.what}.json"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from pretended_gpu import gpu  # noqa: F401 - a fixture
 
 from model import ModelConfig, Transformer
 

@@ -209,7 +209,7 @@ def test_scores_are_asked_for_trimmed_samples_alone_which_may_be_shorter_than_th
     places = sorted(range(len(samples)), key=lambda i: len(samples[i].input_ids))
     picked = [places[0], places[-1], places[1]]
     side = {"toy": {row: torch.arange(int(answer_mask(samples[row]).sum())).float() for row in picked[::2]}}
-    cfg = SimpleNamespace(token_pruner="toy", seed=0, pass_tokens=1, reuse_scores=1, reuse_forward=False)
+    cfg = SimpleNamespace(token_pruner="toy", seed=0, pass_tokens=1, reuse_scores=1, reuse_forward=False, shard=False)
     scorer = Scorer(None, samples, Ranks(), cfg, nullcontext(), side)
     monkeypatch.setitem(TOKEN_PRUNERS, "toy", TokenPruner(("toy",), lambda cfg, gens, mask, toy: mask & (toy > 1)))
     chosen = every_sample(3, torch.tensor([True, False, True]))

@@ -80,7 +80,7 @@ def rows_of(lengths):
 
 def settings_of(reuse=1, pass_tokens=20, token_pruning="mask"):
     return SimpleNamespace(
-        pass_tokens=pass_tokens, reuse_scores=reuse, reuse_forward=False, token_pruning=token_pruning
+        pass_tokens=pass_tokens, reuse_scores=reuse, reuse_forward=False, token_pruning=token_pruning, shard=False
     )
 
 
@@ -97,6 +97,9 @@ class ThreadRanks(Ranks):
         joined = [item for part in copy.deepcopy(self.parts) for item in part]
         self.barrier.wait()
         return joined
+
+    def sum(self, values):
+        return torch.stack(self.gather([values])).sum(dim=0, dtype=values.dtype)
 
 
 def on_ranks(world, work):
@@ -128,7 +131,7 @@ class Clock:
     def __init__(self):
         self.step, self.scored = 0, []
 
-    def score(self, samples, pass_tokens, autocast, outputs=None):
+    def score(self, samples, pass_tokens, autocast, outputs=None, num_passes=0):
         self.scored += [(self.step, sample.id) for sample in samples]
         mask = torch.nn.utils.rnn.pad_sequence([scoring.answer_mask(sample) for sample in samples], batch_first=True)
         nll = torch.full(mask.shape, self.step / 8).masked_fill(~mask, 0.0)

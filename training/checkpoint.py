@@ -58,8 +58,8 @@ def usable_checkpoint(folder: Path, run_id: str) -> tuple[Path | None, list[str]
     return None, warnings
 
 
-def read_checkpoint(path: Path) -> dict:
-    """The state in a checkpoint, mapped from the file to the CPU.
+def read_checkpoint(path: Path, *, mapped: bool = True) -> dict:
+    """The state in a checkpoint, on the CPU: mapped from the file, or read.
 
     Raises:
         ValueError: the file is torn, empty or changed, or is no checkpoint.
@@ -67,7 +67,7 @@ def read_checkpoint(path: Path) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()
-        state = None if changed else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = None if changed else torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as error:  # zipfile and torch raise many kinds of errors on damaged bytes

@@ -33,6 +33,15 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b).float()
 
 
+def add_matmul(total: Tensor, a: Tensor, b: Tensor, num_rows: int) -> None:
+    """total += a @ b in place, summed in fp32, without a second tensor of `total`'s size."""
+    if a.dtype == total.dtype == torch.float32:
+        total.addmm_(a, b)
+        return
+    for start in range(0, len(total), num_rows):  # no in-place product mixes dtypes
+        total[start : start + num_rows] += matmul_fp32(a[start : start + num_rows], b)
+
+
 @torch.no_grad()
 def head_nll_and_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """NLL and predictive entropy under the softmax of hidden @ weight.T, by an online softmax over vocabulary tiles.
@@ -81,7 +90,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, token_weights):
-        dtype, num_rows = compute_dtype(hidden), LOSS_ROWS[hidden.device.type]
+        kind = hidden.device.type
+        dtype, num_rows, num_columns = compute_dtype(hidden), LOSS_ROWS[kind], TILE[kind][1]
         nll = torch.empty(len(hidden), device=hidden.device)
         into_hidden = torch.empty_like(hidden)
         into_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -98,7 +108,7 @@ class HeadLoss(torch.autograd.Function):
                 p = p.to(dtype)
                 into_hidden[rows] = (p @ w).to(hidden.dtype)
                 if into_weight is not None:
-                    into_weight += matmul_fp32(p.T, h)
+                    add_matmul(into_weight, p.T, h, num_columns)
         ctx.save_for_backward(into_hidden, into_weight)
         ctx.mark_non_differentiable(nll)
         return (nll * token_weights).sum(), nll

@@ -35,9 +35,9 @@ class LoRALinear(nn.Linear):
             setattr(self, name, nn.Parameter(parameter.detach(), requires_grad=False))
         self.scale = alpha / rank
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        drawn = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5))  # alike on every device
+        self.lora_A = nn.Parameter(drawn.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)

@@ -5,6 +5,7 @@ Shapes: B rows, N tokens of all rows, T positions, d head size.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Sequence
@@ -61,28 +62,45 @@ def attend_packed(lengths: list[int], window: int | None, device: torch.device) 
     On a GPU in 16 bits it is one varlen_attn call, otherwise one call per row: a mask over all pairs of tokens
     costs far more.
     """
-    if len(lengths) == 1:
-        return attend_rows(lengths[0], window, device)
-    each = {length: attend_rows(length, window, device) for length in set(lengths)}
+    each = functools.cache(lambda length: attend_rows(length, window, device))  # a mask only for a row that reads it
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
             return varlen_attention(q, k, v, ends, max(lengths), window)
+        if len(lengths) == 1:
+            return each(lengths[0])(layer, q, k, v)
         rows = zip(lengths, *(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([each[length](layer, *qkv) for length, *qkv in rows], dim=2)
+        return torch.cat([each(length)(layer, *qkv) for length, *qkv in rows], dim=2)
 
     return attend
 
 
+def check_varlen() -> None:
+    """Make sure that this torch has the kernel of `varlen_attention`.
+
+    Raises:
+        ValueError: it has not; the version that has.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        fits = "window_size" in inspect.signature(varlen_attn).parameters
+    except ImportError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"bf16 on a GPU needs torch 2.11 or newer (torch.nn.attention.varlen.varlen_attn with window_size), found "
+            f"{torch.__version__}; --dtype fp32 runs without it"
+        )
+
+
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, window: int | None) -> Tensor:
     """`attend_packed` on torch's kernel for rows of unequal length; (1, heads, N, d) in and out."""
-    from torch.nn.attention import varlen  # not in every torch that the rest runs on
+    from torch.nn.attention import varlen  # see check_varlen
 
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, d)
     options = {"window_size": (-1 if window is None else window - 1, 0)}  # how many are seen to the left, to the right
-    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:  # torch 2.11 takes grouped heads unasked
         options["enable_gqa"] = True
-    else:  # torch 2.11
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **options).transpose(0, 1)[None]

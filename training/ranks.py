@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def seeded(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
@@ -30,6 +34,22 @@ def chosen_device(name: str) -> str:
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def chosen_dtype(name: str, device: str) -> str:
+    """The computing dtype that --dtype asks for: "bf16" or "fp32"; auto: bf16 on a GPU that has it.
+
+    Raises:
+        ValueError: --dtype bf16 on a GPU without it.
+    """
+    on_gpu = device == "cuda"
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and on_gpu and not has_bf16:
+        raise ValueError(
+            f"--dtype bf16: {torch.cuda.get_device_name()} does not compute in bf16 (compute capability 8.0 and newer "
+            f"do); --dtype fp32 runs on it"
+        )
+    return ("bf16" if has_bf16 else "fp32") if name == "auto" else name
+
+
 def share(costs: Sequence[int], world: int) -> list[list[int]]:
     """Each rank's items, ascending: the dearest first, each to the rank with the least work so far."""
     hands, load = [[] for _ in range(world)], [0] * world
@@ -38,6 +58,48 @@ def share(costs: Sequence[int], world: int) -> list[list[int]]:
         hands[to].append(i)
         load[to] += costs[i]
     return [sorted(hand) for hand in hands]
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def fails_first() -> bool:
+    """Whether this process is the first of its job to fail. Asked again, it answers the same."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or _first_on_store()
+
+
+@functools.cache
+def _first_on_store() -> bool:
+    """Whether no other rank has counted itself as failed on torchrun's store, which outlives each of them."""
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=10))
+        return store.add(f"failed in attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # no store: better said twice than never
+        return True
+
+
+@contextlib.contextmanager
+def errors_in_one_line(prog: str) -> Iterator[None]:
+    """End the process with status 2 and the line `prog: message` where a user can put things right.
+
+    Of several ranks, the first to fail prints, with its rank. The others fail in its wake, and end without a word.
+    """
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if fails_first():
+            message = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
+            rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+            print(f"{prog}: {rank}{message}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except RuntimeError:  # among others from a collective that another rank has left
+        if fails_first():
+            raise
+        raise SystemExit(2) from None
+
+
+# ------------------------------------------------------------------------------------------------- ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +112,40 @@ class Ranks:
 
     @classmethod
     @contextlib.contextmanager
-    def joined(cls, kind: str) -> Iterator[Ranks]:
-        """Join the process group that torchrun describes, on devices of this kind ("cpu" or "cuda"); leave it again."""
+    def joined(cls, kind: str, patience: datetime.timedelta = datetime.timedelta(days=1)) -> Iterator[Ranks]:
+        """Join the process group that torchrun describes, on devices of this kind ("cpu" or "cuda"); leave it again.
+
+        Args:
+            patience: how long a rank waits for the others before it fails.
+        Raises:
+            ValueError: there are more processes than GPUs on this machine.
+        """
         rank, world, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         device = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
         if kind == "cuda":
+            if local >= torch.cuda.device_count():
+                found = torch.cuda.device_count()
+                raise ValueError(
+                    f"process {local} of this machine has no GPU: torch finds {found}; see --nproc_per_node"
+                )
             torch.cuda.set_device(device)
-        if world > 1:
-            # The first rank to finish waits for the last one's work, which may take long.
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+        if world == 1:
+            yield cls(rank, world, device)
+            return
+        backend, device_id = ("nccl", device) if kind == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=patience, device_id=device_id)
         try:
             yield cls(rank, world, device)
-            if world > 1:
-                dist.barrier()
+            dist.barrier()  # rank 0 may still be writing
+        except BaseException:
+            fails_first()  # asked before this rank leaves the group, which makes the others fail
+            # Leaving may wait for work on the GPU that the others never join: the process ends all the same.
+            last_resort = threading.Timer(30, os._exit, args=(2,))
+            last_resort.daemon = True
+            last_resort.start()
+            raise
         finally:
-            if world > 1:
-                dist.destroy_process_group()
+            dist.destroy_process_group()
 
     @classmethod
     def current(cls) -> Ranks:
@@ -79,28 +159,59 @@ class Ranks:
         return share(costs, self.world)[self.rank]
 
     def gather(self, local: list) -> list:
-        """The lists of all ranks, joined in rank order, on every rank."""
+        """The lists of all ranks, joined in rank order, on every rank. They travel pickled: for small things."""
         if self.world == 1:
             return local
         parts = [None] * self.world
         dist.all_gather_object(parts, local)
         return [item for part in parts for item in part]
 
-    def sum(self, value: float) -> float:
-        """The sum of a number over all ranks, in float64."""
-        if self.world == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.item()
-
-    def max(self, values: list[int]) -> list[int]:
-        """The largest of each number over all ranks."""
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in the dtype and on the device of `values`."""
         if self.world == 1:
             return values
-        largest = torch.tensor(values, device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest.tolist()
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def exchange(
+        self, sizes: Sequence[int], mine: Mapping[int, Tensor], dtype: torch.dtype = torch.float32
+    ) -> list[Tensor]:
+        """Item i's values, (sizes[i],) on the CPU, for all items on every rank; each item is known to one rank.
+
+        They travel as one flat tensor. Each rank fills in its items and leaves 0 elsewhere; the sum is exact.
+
+        Args:
+            mine: item -> its values, for the items of this rank.
+        """
+        if self.world == 1:
+            return [mine[i] for i in range(len(sizes))]
+        flat = torch.zeros(sum(sizes), dtype=dtype)
+        places = flat.split(list(sizes))
+        for i, values in mine.items():
+            places[i].copy_(values)
+        return list(self.sum(flat).split(list(sizes)))
+
+    def check_same(self, number: Callable[[], int], what: str) -> None:
+        """Make sure that all ranks have the same `number()`, in [0, 2^63).
+
+        Raises:
+            ValueError: `what`, and the ranks whose number is not that of rank 0. On every rank.
+        """
+        if self.world > 1:
+            numbers = torch.zeros(self.world, dtype=torch.int64)
+            numbers[self.rank] = number()
+            numbers = self.sum(numbers)
+            if odd := (numbers != numbers[0]).nonzero()[:, 0].tolist():
+                raise ValueError(f"{what}: not the same on rank 0 and on {', '.join(f'rank {rank}' for rank in odd)}")
 
     def first(self, make: Callable[[], object]) -> object:
         """What `make` returns on rank 0, on every rank."""

@@ -28,11 +28,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.sft import Sample
+from data.stream import fingerprint
 from qtuning import Quadrant, SamplePruning
 from training.checkpoint import read_checkpoint, usable_checkpoint, write_checkpoint
 from training.files import append_json, locked, read_object, remove_leftovers, write_json, write_text
 from training.ranks import Ranks
 from training.scoring import Scorer, trained_lengths
+from training.shard import own_parts, whole
 from training.signals import Stopped, StopRequest
 
 SAVE_SECONDS = 600  # between checkpoints, without --save-every
@@ -40,7 +42,7 @@ SAVE_SECONDS = 600  # between checkpoints, without --save-every
 # Settings that a resumed run may change. The number of samples in a step must stay the same.
 MAY_CHANGE = {
     *("out", "resume", "max_steps", "save_every", "grad_accum", "pass_tokens", "activation_checkpointing"),
-    *("reuse_forward", "eval_every", "eval_sets", "eval_limit"),
+    *("reuse_forward", "shard", "eval_every", "eval_sets", "eval_limit"),
 }
 
 
@@ -108,9 +110,8 @@ def weights_hash(model: str | Path) -> str:
 
 def input_hashes(cfg, samples: Sequence[Sample], rows: Sequence[int], side: dict[str, dict[int, Tensor]]) -> dict:
     """Hashes of what a run reads: its rows as tokenised, those that its pruner chose, base weights, side values."""
-    of_rows = (part for s in samples for part in (s.id.encode(), *(array("q", x) for x in (s.input_ids, s.labels))))
     found = {
-        "rows": digest(bytes(part) for part in of_rows),
+        "rows": f"{fingerprint(samples):016x}",
         "chosen_rows": digest([array("q", rows).tobytes()]),
         "base_weights": weights_hash(cfg.model),
     }
@@ -198,10 +199,10 @@ def cut_log(path: Path, done: int) -> None:
     for step in range(1, done + 1):
         line = lines[step - 1] if step <= len(lines) else b""
         try:
-            whole = json.loads(line)["step"] == step
+            right = json.loads(line)["step"] == step
         except (ValueError, TypeError, KeyError):
-            whole = False
-        if not whole:
+            right = False
+        if not right:
             got = line[:60].decode("utf-8", "replace") or "nothing"
             raise ValueError(f"{path}:{step}: expected the line of step {step}, got {got}")
     if path.exists():
@@ -234,7 +235,15 @@ class Run:
         """Load the checkpoint, if there is one; returns the number of steps done."""
         done = 0
         if self.checkpoint:
-            state = read_checkpoint(self.checkpoint)
+            if not self.checkpoint.exists():
+                raise ValueError(
+                    f"--resume: {self.checkpoint} is not on {platform.node()}; every rank reads the checkpoint, so "
+                    f"--out must be a folder that all machines share, or hold a copy of checkpoint/ on each"
+                )
+            # A GPU copies from the mapped file, so that nothing of it stays in memory.
+            state = read_checkpoint(self.checkpoint, mapped=self.ranks.device.type == "cuda")
+            if self.cfg.shard:
+                state = own_parts(state, trainable)
             for name, parameter in trainable.items():
                 parameter.data.copy_(state["trainable"][name])
             optimizer.load_state_dict(state["optimizer"])
@@ -257,15 +266,16 @@ class Run:
         self.bar = tqdm(range(done + 1, last_step + 1), desc="train", initial=done, total=last_step, disable=hidden)
         self.stop.deferred = True
         yield from self.bar
-        self.stop.deferred = False
+        self.stop.deferred, self.stop.note = False, "stopped while saving the model; --resume continues"
 
     def due(self, step: int) -> bool:
         """Whether to save after this step: by --save-every or the clock, at the end, or to stop. All ranks agree."""
         every = self.cfg.save_every
         now = time.monotonic() - self.saved_at >= SAVE_SECONDS if every is None else step % every == 0
         now = now or step == self.bar.total
-        self.signal, now = self.ranks.max([self.stop.number, int(now and self.ranks.rank == 0)])
-        return bool(now or self.signal)
+        asked = self.ranks.most(2 * self.stop.number + (now and self.ranks.rank == 0))  # both in one exchange
+        self.signal = asked // 2
+        return asked > 0
 
     def save(self, step: int, trainable: dict[str, nn.Parameter], optimizer, stream, scorer: Scorer) -> None:
         """Write the checkpoint; then leave, if a signal has asked for it.
@@ -274,23 +284,19 @@ class Run:
             ValueError: a weight is not finite; the earlier checkpoint stays.
             Stopped: a signal came during the step.
         """
+        weights = {name: parameter.detach() for name, parameter in trainable.items()}
+        state = {"run_id": self.run_id, "step": step, "trainable": weights, "optimizer": optimizer.state_dict()}
+        if self.cfg.shard:
+            state = whole(state, self.ranks)
         if self.ranks.rank == 0:
-            for name, parameter in trainable.items():
+            for name, parameter in state["trainable"].items():
                 if not bool(parameter.isfinite().all()):
                     raise ValueError(f"step {step}: the weight {name} is not finite; try a lower --lr")
             for log in ("metrics.jsonl", "selection.jsonl"):  # on disk before the checkpoint that counts their lines
                 if (self.out / log).exists():
                     with (self.out / log).open("rb") as file:
                         os.fsync(file.fileno())
-            state = {
-                "run_id": self.run_id,
-                "step": step,
-                "trainable": {name: parameter.detach() for name, parameter in trainable.items()},
-                "optimizer": optimizer.state_dict(),
-                "stream": stream.state(),
-                "scores": scorer.state(),
-            }
-            write_checkpoint(self.out / "checkpoint", state)
+            write_checkpoint(self.out / "checkpoint", state | {"stream": stream.state(), "scores": scorer.state()})
         self.saved_at = time.monotonic()
         if self.signal:
             raise Stopped(self.signal, f"stopped after step {step} of {self.bar.total}; --resume continues")

@@ -4,7 +4,8 @@
 
     "ppl", "ent"      a sample's place on the Error-Uncertainty plane (Eq. 4, Eq. 5)
     "nll"             the NLL of each answer token
-    a function        of the model: (model, samples, pass_tokens, autocast) -> a Tensor for each sample
+    a function        of the model: (model, samples, pass_tokens, autocast) -> for each sample, a value for each answer
+                      token: (A,) float32
     any other text    a field of the data file, or a side file of --scores
 
 Shapes: B samples, A answer tokens of a sample, T label positions of the longest row, H hidden size.
@@ -13,6 +14,7 @@ Shapes: B samples, A answer tokens of a sample, T label positions of the longest
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +28,7 @@ from model import Transformer
 from qtuning import IGNORE_INDEX, sample_entropy, sample_perplexity
 from training.head import head_nll_and_entropy
 from training.layers import recorded
+from training.memory import noted
 from training.packing import pack, packed, packs
 from training.ranks import Ranks
 
@@ -39,40 +42,42 @@ def score(
     pass_tokens: int,
     autocast: AbstractContextManager,
     outputs: dict[int, list[Tensor]] | None = None,
+    num_passes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """NLL and predictive entropy of every answer token, with the current weights (choice C18).
 
     Args:
         outputs: filled with each layer's output for sample i, (len(input_ids) - 1, H) each: views of a whole pass.
+        num_passes: the fewest passes to run, the last ones empty: with --shard the ranks run as many.
     Returns:
         nll, token_entropy (B, T) float32 and loss_mask (B, T) bool on the CPU; column t belongs to the token after
         input_ids[t].
     """
     model.eval()
-    device, weight = model.lm_head.weight.device, model.lm_head.weight
+    device = model.lm_head.weight.device
     groups = packs([len(s.input_ids) - 1 for s in samples], pass_tokens)
     parts = []
-    for group in groups:
-        input_ids, labels, lengths = pack([samples[i] for i in group], device)
+    for group in groups + [[]] * (num_passes - len(groups)):
+        input_ids, labels, lengths = pack([samples[i] for i in group] or [NOTHING], device)
         trainable = labels != IGNORE_INDEX
         layers: list[Tensor] = []
         run_layer = None if outputs is None else recorded(layers)
-        with autocast:
+        with autocast, noted("a scoring pass", lengths):
             hidden = model.hidden_states(input_ids, *packed(model, lengths), run_layer)[0, trainable]
-            parts.append(torch.stack(head_nll_and_entropy(hidden, weight, labels[trainable])))
+            parts.append(torch.stack(head_nll_and_entropy(hidden, model.lm_head.weight, labels[trainable])))
         if outputs is not None:
             of_rows = zip(*(output[0].split(lengths) for output in layers), strict=True)
             outputs.update(zip(group, of_rows, strict=True))
     model.train()
 
-    T = max(len(s.input_ids) for s in samples) - 1
+    T = max((len(s.input_ids) for s in samples), default=1) - 1
     rows = [i for group in groups for i in group]  # in the order of the values
     in_order = torch.zeros(len(samples), T, dtype=torch.bool)
     for place, i in enumerate(rows):
         in_order[place, : len(samples[i].labels) - 1] = answer_mask(samples[i])
     tables = torch.zeros(2, len(samples), T)
     tables[:, in_order] = torch.cat(parts, dim=1).cpu()
-    back = torch.tensor(rows).argsort()
+    back = torch.tensor(rows, dtype=torch.int64).argsort()
     nll, entropy = tables[:, back]
     return nll, entropy, in_order[back]
 
@@ -120,8 +125,10 @@ class Scorer:
     def __init__(self, model: Transformer, samples: Sequence[Sample], ranks: Ranks, cfg, autocast, side: dict):
         self.cfg, self.model, self.samples, self.ranks = cfg, model, samples, ranks
         self.pass_tokens, self.autocast, self.reuse = cfg.pass_tokens, autocast, cfg.reuse_scores
-        self.side = side
+        self.side, self.shard = side, cfg.shard
         self.outputs = {} if cfg.reuse_forward else None  # row -> each layer's output, on the rank that scored it
+        self.answers = torch.cat([answer_mask(sample) for sample in samples])  # T(x) of all rows, end to end
+        self.ends = [0, *itertools.accumulate(len(sample.labels) - 1 for sample in samples)]
         self.scores: dict[int, RowScore] = {}
         self.used: set[int] = set()  # rows whose scores this step has used
         self.new_step()
@@ -131,7 +138,6 @@ class Scorer:
         self._end_step()
         self.step = step
         self.computed: dict[Callable, dict[int, Tensor]] = {}  # needs that are functions of the model
-        self.masks: dict[int, Tensor] = {}
         self.seconds, self.tokens = 0.0, 0  # what scoring took in this step
         self.on_plane = False  # whether a need of this step was "ppl" or "ent"
         if self.outputs is not None:
@@ -147,10 +153,11 @@ class Scorer:
 
     def loss_mask(self, rows: Sequence[int]) -> Tensor:
         """T(x) of these rows: (B, T) bool."""
-        for row in rows:
-            if row not in self.masks:
-                self.masks[row] = answer_mask(self.samples[row])
-        return pad_sequence([self.masks[row] for row in rows], batch_first=True)
+        return pad_sequence([self.answers[self.ends[row] : self.ends[row + 1]] for row in rows], batch_first=True)
+
+    def num_answer_tokens(self, rows: Sequence[int]) -> list[int]:
+        """|T(x)| of each of these rows."""
+        return self.loss_mask(rows).sum(dim=1).tolist()
 
     def per_sample(self, need: Need, rows: Sequence[int]) -> Tensor:
         """A score of each of these rows: (B,)."""
@@ -176,36 +183,45 @@ class Scorer:
         known = self.computed.setdefault(need, {})
         missing = [row for row in dict.fromkeys(rows) if row not in known]
         if missing:
-            known.update(self._shared(missing, lambda some: need(*self._inputs(some))))
+            found = self._shared(missing, self.num_answer_tokens(missing), lambda some: need(*self._inputs(some)))
+            known.update(zip(missing, found, strict=True))
         return [known[row] for row in rows]
 
     def _score_missing(self, rows: Sequence[int]) -> None:
         missing = [row for row in dict.fromkeys(rows) if row not in self.scores]
         if missing:
-            self.scores.update(self._shared(missing, self._score))
+            sizes = [2 + count for count in self.num_answer_tokens(missing)]
+            for row, values in zip(missing, self._shared(missing, sizes, self._score), strict=True):
+                self.scores[row] = RowScore(*values[:2].tolist(), values[2:])
         self.used.update(rows)
 
     def _inputs(self, rows: list[int]) -> tuple:
         return self.model, [self.samples[row] for row in rows], self.pass_tokens, self.autocast
 
-    def _score(self, rows: list[int]) -> list[RowScore]:
-        layers = None if self.outputs is None else {}
-        nll, entropy, mask = score(*self._inputs(rows), layers)
+    def _score(self, rows: list[int]) -> list[Tensor]:
+        """PPL, entropy and the answer tokens' NLL of each row: (2 + A,) each."""
+        layers, num_passes = None if self.outputs is None else {}, 0
+        if self.shard:
+            num_passes = self.ranks.most(
+                len(packs([len(self.samples[i].input_ids) - 1 for i in rows], self.pass_tokens))
+            )
+        nll, entropy, mask = score(*self._inputs(rows), layers, num_passes)
         if layers:
             self.outputs.update((rows[i], of_row) for i, of_row in layers.items())
         finite = (nll.isfinite() & entropy.isfinite()).all(dim=1).tolist()
         if not all(finite):
             broken = [row for row, ok in zip(rows, finite, strict=True) if not ok]
             raise not_finite(self.cfg, self.step, "the NLL or entropy", [self.samples[row] for row in broken])
-        ppl, ent = sample_perplexity(nll, mask).tolist(), sample_entropy(entropy, mask).tolist()
-        return [RowScore(ppl[i], ent[i], nll[i, mask[i]]) for i in range(len(rows))]
+        plane = torch.stack([sample_perplexity(nll, mask), sample_entropy(entropy, mask)], dim=1)
+        return [torch.cat([plane[i], nll[i, mask[i]]]) for i in range(len(rows))]
 
-    def _shared(self, rows: list[int], work: Callable[[list[int]], list]) -> dict:
-        """row -> its result, each row computed on one rank, the results on all ranks."""
+    def _shared(self, rows: list[int], sizes: list[int], work: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+        """The values of each row, (size,), each computed on one rank, on all ranks."""
         started = time.perf_counter()
         lengths = [len(self.samples[row].input_ids) for row in rows]
-        mine = [rows[i] for i in self.ranks.share(lengths)]
-        found = dict(self.ranks.gather(list(zip(mine, work(mine) if mine else [], strict=True))))
+        mine = self.ranks.share(lengths)
+        values = work([rows[i] for i in mine]) if mine or self.shard else []
+        found = self.ranks.exchange(sizes, dict(zip(mine, values, strict=True)))
         self.tokens += sum(lengths) - len(rows)
         self.seconds += time.perf_counter() - started
         return found
@@ -246,11 +262,18 @@ class KeptBatch:
     inputs: tuple
     last: bool
 
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each row."""
+        return self.inputs[2]
+
 
 def kept_batches(
     cfg, samples: Sequence[Sample], rows: Sequence[int], kept: Tensor, weights: Tensor, scorer: Scorer
 ) -> list[KeptBatch]:
     """This rank's share of the kept samples in as few passes as fit; a rank without any gets one empty pass.
+
+    With --shard the ranks run as many passes, the last ones empty.
 
     Args:
         rows:    (B,) the rows of the step.
@@ -268,8 +291,8 @@ def kept_batches(
     groups = []
     for part in ([p for p in mine if p in known], [p for p in mine if p not in known]):
         groups += [[part[i] for i in group] for group in packs([lengths[p] - 1 for p in part], cfg.pass_tokens)]
-    batches = []
-    for group in groups or [[]]:
+    num_passes, batches = ranks.most(len(groups)) if cfg.shard else 1, []
+    for group in groups + [[]] * (num_passes - len(groups)):
         layers = None
         if known.keys() & group:
             layers = [torch.cat(parts) for parts in zip(*(known.pop(p) for p in group), strict=True)]

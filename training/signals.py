@@ -13,7 +13,7 @@ class Stopped(Exception):
         status: the exit status, 143 for SIGTERM and 130 for SIGINT (Ctrl-C).
     """
 
-    def __init__(self, number: int, note: str = "stopped before the first step"):
+    def __init__(self, number: int, note: str):
         self.status = 128 + number
         super().__init__(f"{signal.Signals(number).name}: {note}")
 
@@ -26,6 +26,7 @@ class StopRequest:
 
     def __init__(self):
         self.number, self.deferred = 0, False
+        self.note = "stopped before the first step"
 
     def __enter__(self) -> StopRequest:
         self._before = {}
@@ -39,5 +40,5 @@ class StopRequest:
 
     def _asked(self, number: int, frame) -> None:
         if not self.deferred or self.number:
-            raise Stopped(number)
+            raise Stopped(number, self.note)
         self.number = number
