@@ -1,7 +1,7 @@
 """Templates: conversations -> the token ids of their prompts and answers.
 
 A template is a table of slots (TEMPLATES), tokenised slot by slot, or the model's own chat_template, whose text is
-rendered and tokenised as a whole. chat_template.py renders it.
+rendered (chat_template.py) and tokenised as a whole.
 """
 
 from __future__ import annotations

@@ -30,8 +30,6 @@ MODULES = {module_name(path): path for path in FILES}
 OURS = {name.partition(".")[0] for name in MODULES}
 # Run as `python FILE` or `python -m MODULE`; data/tiny/make.py makes the embedded model, so it imports more than data/.
 SCRIPTS = {name for name, path in MODULES.items() if '\nif __name__ == "__main__":\n' in (ROOT / path).read_text()}
-# `python -m training.lora merge` is a command of a library; data/chat_template.py starts itself as a worker.
-LIBRARIES_WITH_A_MAIN = {"training.lora", "data.chat_template"}
 MAY_IMPORT = {  # the first entry that a module's name begins with counts; modules or packages
     "qtuning": (),
     "training.ranks": (),
@@ -93,7 +91,7 @@ def test_nothing_but_reproduce_imports_train_or_another_script():
     assert {"train", "pruners.score_rows", "data.download", "eval.arc"} <= SCRIPTS
     for name, path in MODULES.items():
         if not under(name, "reproduce"):
-            assert not our_imports(path) & SCRIPTS - LIBRARIES_WITH_A_MAIN, name
+            assert not our_imports(path) & SCRIPTS, name
 
 
 def test_the_packages_needed_are_torch_and_the_few_that_requirements_name():

@@ -14,7 +14,7 @@ from data.templates import TEMPLATES, jinja_of
 from data.tokenizer import TextTokenizer
 from eval.generation import generate
 from model import Transformer, read_config
-from training import lora
+from training import lora, merge
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_an_adapter_has_the_tokenizer_beside_it_and_ends_the_same(adapter_run, b
 
 
 def test_merge_writes_the_model_that_base_and_adapter_are(adapter_run, base, tmp_path):
-    lora.main(["merge", str(base), str(adapter_run / "adapter"), str(tmp_path / "merged")])
+    merge.main([str(base), str(adapter_run / "adapter"), str(tmp_path / "merged")])
     merged, tokenizer = Transformer.from_pretrained(tmp_path / "merged"), TextTokenizer.from_pretrained(base)
     adapted = lora.load_adapter(Transformer.from_pretrained(base), adapter_run / "adapter")
     input_ids = torch.tensor([prompt_ids(tokenizer)])
@@ -157,7 +157,7 @@ def test_merge_writes_the_model_that_base_and_adapter_are(adapter_run, base, tmp
 def test_merge_keeps_the_dtype_of_the_base(adapter_run, base, tmp_path):
     model = Transformer.from_pretrained(base, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
-    lora.main(["merge", str(tmp_path / "half"), str(adapter_run / "adapter"), str(tmp_path / "merged")])
+    merge.main([str(tmp_path / "half"), str(adapter_run / "adapter"), str(tmp_path / "merged")])
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
@@ -175,10 +175,10 @@ def test_a_merge_that_cannot_be_is_one_line_and_status_2(adapter_run, base, tmp_
     else:
         paths[case.removeprefix("no ")] = tmp_path / "none"
     with pytest.raises(SystemExit) as caught:
-        lora.main(["merge", *map(str, paths.values())])
+        merge.main([*map(str, paths.values())])
     assert caught.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("training.lora: ") and said.count("\n") == 1
+    assert said.startswith("training.merge: ") and said.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "out").glob("*")) == (["mine"] if case == "out is full" else [])
 
 

@@ -1,13 +1,8 @@
-"""LoRA (Hu et al., 2021): low-rank updates of frozen linear layers, saved and loaded in PEFT's adapter layout.
-
-python -m training.lora merge BASE ADAPTER OUT      writes the model that BASE with ADAPTER is, in one folder
-"""
+"""LoRA (Hu et al., 2021): low-rank updates of frozen linear layers, saved and loaded in PEFT's adapter layout."""
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +13,7 @@ from torch import Tensor, nn
 
 from model import Transformer, read_eos, write_tokenizer_files
 from training.files import read_object, shown, shown_key, write_json, written_aside
-from training.model_folder import TOKENIZER_FILES, check_header, checkpoint_tensors, tensor_headers
+from training.model_folder import check_header, checkpoint_tensors, tensor_headers
 
 
 class LoRALinear(nn.Linear):
@@ -233,47 +228,3 @@ def join_end_tokens(model: Transformer, folder: Path) -> None:
     path = folder / "generation_config.json"
     for token_id in read_eos(read_object(path), str(path)) if path.is_file() else ():
         model.config = model.config.ending_with(token_id)
-
-
-def merge(base: str | Path, adapter: str | Path, out: str | Path) -> None:
-    """Write the base model with the adapter merged into its weights, in the dtype that they are stored in.
-
-    The tokenizer's files and the chat template are the adapter's where it has them, else the base's.
-
-    Raises:
-        FileNotFoundError, ValueError: as in from_pretrained and load_adapter; or `out` is not an empty folder.
-    """
-    base, adapter, out = Path(base), Path(adapter), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: expected a new or empty folder")
-    raw = read_object(base / "config.json")
-    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(name)
-    if dtype is None:
-        raise ValueError(f"{base / 'config.json'}: torch_dtype {name!r} is not implemented")
-    model = load_adapter(Transformer.from_pretrained(base, dtype=dtype), adapter)
-    own = [name for name in TOKENIZER_FILES if (adapter / name).is_file() and name != "generation_config.json"]
-    files: dict[str, object] = {name: (adapter / name).read_text(encoding="utf-8") for name in own}
-    if "tokenizer_config.json" in own:
-        files.setdefault("chat_template.jinja", None)
-    model.save_pretrained(out, extra_files=files)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.lora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command = parser.add_subparsers(required=True).add_parser("merge", help=merge.__doc__.splitlines()[0])
-    command.add_argument("base", metavar="BASE", help="model folder in Hugging Face layout")
-    command.add_argument("adapter", metavar="ADAPTER", help="adapter folder in PEFT layout")
-    command.add_argument("out", metavar="OUT", help="folder to write, new or empty")
-    args = parser.parse_args(argv)
-    try:
-        merge(args.base, args.adapter, args.out)
-    except (ValueError, OSError) as error:
-        print(f"training.lora: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
