@@ -3,6 +3,7 @@
     python train.py                                             the embedded default, on one device
     python train.py --model DIR --data FILE --out runs/mine     your own checkpoint and data
     torchrun --standalone --nproc_per_node=8 train.py ...       the same on 8 devices
+    python train.py --score-only ...                            what would be kept of the data, without training
 
 A step takes micro_batch x grad_accum samples per rank. The ranks share the scoring and the training by length, and
 the choices by prune batch. The loss of a step is the sum over its kept tokens on all ranks, divided by their number.
@@ -37,6 +38,7 @@ from data.tokenizer import TextTokenizer
 from eval import during
 from model import Transformer, read_config
 from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, choose_samples, choose_tokens, read_side_values, row_stream
+from pruners.look import write_look
 from qtuning import num_samples_to_keep, token_mask
 from training import memory
 from training.head import TokenLoss
@@ -66,6 +68,7 @@ class Config:
     out: str = flag("runs/default", "run folder")
     seed: int = flag(0, "seed of the order of rows, the LoRA weights and random pruners")
     resume: bool = flag(False, "continue an interrupted run from its last checkpoint")
+    score_only: bool = flag(False, "train nothing: write scores.jsonl and look.html, what would be kept and trimmed")
 
     sample_pruner: str = flag("qtuning", "how samples are chosen", SAMPLE_PRUNERS)
     token_pruner: str = flag("qtuning", "how their tokens are chosen", TOKEN_PRUNERS)
@@ -149,6 +152,10 @@ class Config:
             choices = field.metadata["choices"]
             if choices:
                 check(field.name, getattr(self, field.name) in choices, f"one of {', '.join(choices)}")
+        if self.score_only:
+            on_plane = {"ppl", "ent"} <= {*SAMPLE_PRUNERS[self.sample_pruner].needs}
+            check("sample_pruner", on_plane, "one that places samples on the plane, with --score-only")
+            check("resume", not self.resume, "absent with --score-only")
 
 
 # The embedded default: without --model these take the place of Config's defaults. A model this small is tuned
@@ -281,6 +288,8 @@ def train_on(
     context = model.config.max_position_embeddings
     if too_long := sum(len(sample.input_ids) > context for sample in samples):
         run.say(f"warning: {too_long} rows exceed the model's context; --max-length {context} would cut them")
+    if cfg.score_only:
+        return write_look(cfg, samples, tokenizer, stream, scorer, run, per_step, last_step)
     if ranks.world > 1 and not cfg.shard:
         devices = [device] if cfg.device == "cuda" else None
         token_loss = DistributedDataParallel(
