@@ -212,7 +212,8 @@ def look_page(cfg, look: Look, samples: Sequence[Sample], tokenizer: TextTokeniz
     title = f"What Q-Tuning would do to {Path(cfg.data).name}"
     settings = (
         f"Model {cfg.model}, before training. Budget: {cfg.sample_keep_ratio:.4g} of the samples, "
-        f"{cfg.token_keep_ratio:.4g} of a trimmed one's answer tokens. Prune batches of {cfg.prune_batch}, {len(look.thresholds)} in this epoch."
+        f"{cfg.token_keep_ratio:.4g} of a trimmed one's answer tokens. Prune batches of {cfg.prune_batch}, "
+        f"{len(look.thresholds)} in this epoch."
     )
     drawn = look.records[:MOST_POINTS]
     limit = f" {len(drawn)} of {len(look.records)} rows are drawn." if len(drawn) < len(look.records) else ""
