@@ -6,19 +6,12 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import small_model
 
-from model import ModelConfig, Transformer
 from training.lora import LoRALinear, add_lora, load_adapter, save_adapter
 
-SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 40}
 TOKENS = torch.tensor([[1, 2, 3, 4]])
 Q0, Q1, DOWN0 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
-
-
-def small_model():
-    torch.manual_seed(0)
-    return Transformer(ModelConfig(**SIZES))
 
 
 def adapted(targets=("q_proj", "down_proj")):

@@ -13,10 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from small import FAMILIES, VOCAB, small_model
 
 from data.sft import Sample, load_samples
 from data.tokenizer import TextTokenizer
-from model import ModelConfig, Transformer
+from model import Transformer
 from pruners.side_files import open_side_file, read_side_file, sample_values, token_values
 from qtuning import IGNORE_INDEX
 from training.lora import add_lora, load_adapter, save_adapter
@@ -122,19 +123,10 @@ def loads_or_names(*names):
 
 # ---------------------------------------------------------------------------------------- models and adapters
 
-SIZES = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 40}
-LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-FAMILIES = {
-    "llama": {"eos_token_ids": (2,), "bos_token_id": 1},
-    "tied": {"tie_word_embeddings": True},
-    "llama3": {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-    "mistral": {"model_type": "mistral", "sliding_window": 3},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3"},
-}
+MODELS = {**FAMILIES, "tied": {"tie_word_embeddings": True}, "ends": {"eos_token_ids": (2,), "bos_token_id": 1}}
 CONFIG_KEYS = [
-    *SIZES,
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
     *("model_type", "hidden_act", "attention_bias", "mlp_bias", "attention_dropout", "partial_rotary_factor"),
     *("use_sliding_window", "quantization_config", "layer_types", "sliding_window", "rms_norm_eps", "rope_theta"),
     *("rope_scaling", "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "torch_dtype"),
@@ -146,19 +138,14 @@ ADAPTER_KEYS = [
 ]
 
 
-def small_model(**changes):
-    torch.manual_seed(0)
-    return Transformer(ModelConfig(**{**SIZES, **changes}))
-
-
 def folder_of(family, root):
     folder = Path(root) / family
-    small_model(**FAMILIES[family]).save_pretrained(folder)
+    small_model(**MODELS[family]).save_pretrained(folder)
     return folder
 
 
 ROOT = tempfile.TemporaryDirectory()  # for the folders below, which each case changes one file of and puts back
-FOLDERS = {family: folder_of(family, ROOT.name) for family in FAMILIES}
+FOLDERS = {family: folder_of(family, ROOT.name) for family in MODELS}
 CONFIGS = {family: json.loads((folder / "config.json").read_text()) for family, folder in FOLDERS.items()}
 TOKENS = torch.tensor([[1, 2, 3, 4]])
 
@@ -179,10 +166,10 @@ CONFIG_FILES = {family: files(config, CONFIG_KEYS) for family, config in CONFIGS
 
 
 def load_and_run(folder):
-    assert Transformer.from_pretrained(folder)(TOKENS).shape == (1, 4, 31)
+    assert Transformer.from_pretrained(folder)(TOKENS).shape == (1, 4, VOCAB)
 
 
-@given(st.sampled_from(list(FAMILIES)).flatmap(lambda family: st.tuples(st.just(family), CONFIG_FILES[family])))
+@given(st.sampled_from(list(MODELS)).flatmap(lambda family: st.tuples(st.just(family), CONFIG_FILES[family])))
 @MANY
 def test_a_changed_config_loads_or_is_refused(family_and_file):
     family, changed_file = family_and_file
@@ -201,7 +188,7 @@ def test_a_changed_generation_config_loads_or_is_refused(changed_file):
 
 def sharded(root):
     folder = Path(root) / "sharded"
-    small_model().save_pretrained(folder, max_shard_bytes=1500)
+    small_model().save_pretrained(folder, max_shard_bytes=5_000)
     return folder
 
 
@@ -256,7 +243,7 @@ def load_adapter_and_run(folder):
     except (ValueError, OSError):
         assert not any("lora" in name for name, _ in model.named_parameters()), "refused, but the model has changed"
         raise
-    assert model(TOKENS).shape == (1, 4, 31)
+    assert model(TOKENS).shape == (1, 4, VOCAB)
 
 
 @given(files(ADAPTER_CONFIG, ADAPTER_KEYS))

@@ -9,21 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import small_model
 
 import train
-from model import ModelConfig, Transformer
+from model import Transformer
 from training.model_folder import tokenizer_files, weight_files
 
-SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 40}
 TOKENS = torch.tensor([[1, 2, 3, 4]])
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny" / "base"
 INDEX = "model.safetensors.index.json"
-
-
-def small_model(**changes):
-    torch.manual_seed(0)
-    return Transformer(ModelConfig(**{**SIZES, **changes}))
 
 
 def change_json(file, **changes):

@@ -5,30 +5,24 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from small import small_model
 
-from model import ModelConfig, Transformer
+from model import Transformer
 from training.lora import ONLY, READ, WITHOUT_EFFECT, load_adapter
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers peft (the parity extra)")
 peft = pytest.importorskip("peft", reason="pip install transformers peft (the parity extra)")
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 40}
 OURS = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder with a model of weights large enough that attention and the norms matter."""
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SIZES))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
-    model.save_pretrained(folder)
+    small_model().save_pretrained(folder)
     return folder
 
 
@@ -116,10 +110,7 @@ def test_the_settings_that_are_known_are_those_of_peft():
 
 
 def test_tied_embeddings_under_the_heads_name_load_as_transformers_loads_them(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    torch.manual_seed(0)
-    Transformer(ModelConfig(**SIZES, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    small_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
