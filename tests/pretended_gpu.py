@@ -163,6 +163,11 @@ class Machine(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu):
             return self.move(func, *args, **kwargs)
+        if func is torch.Tensor.backward:  # what is run again on the way back is on this machine too
+            with self, torch.no_grad():
+                gradients = (torch.ones_like(args[0]),)
+                engine = torch.autograd.Variable._execution_engine
+                return engine.run_backward(args, gradients, False, False, (), True, accumulate_grad=True)
         if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], Cuda):
             self.attend(args[0], args[1], kwargs["attn_mask"])
         place = kwargs.get("device")
