@@ -4,7 +4,8 @@
     python -m reproduce all                                        every experiment of the preset, but table6
     python -m reproduce table1 --preset paper --dry-run            print the commands, and what they should take
     python -m reproduce table6                                     what pruning saves: reproduce/efficiency.py
-    python -m reproduce compare --model DIR --data FILE             methods on rows of your own: reproduce/compare.py
+    python -m reproduce compare --model DIR --data FILE            methods on rows of your own: reproduce/compare.py
+    python -m reproduce gpu --out gpu.json                         ten minutes of checks on a GPU: reproduce/gpu.py
 
 A finished run is not made again, whichever table it was made for; an interrupted one continues. The presets tiny and
 small make several runs at a time, one thread each; paper gives all devices to one run after another. Results go into
@@ -26,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from eval.common import errors_in_one_line
-from reproduce import cases, compare, efficiency, report
+from reproduce import cases, compare, efficiency, gpu, report
 from reproduce import runs as running
 from reproduce.cost import estimate
 from reproduce.experiments import EXPERIMENTS
@@ -138,8 +139,9 @@ def identity(run: dict) -> tuple:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["compare"]:
-        return compare.main(argv[1:])
+    commands = {"compare": compare.main, "gpu": gpu.main}  # with flags of their own
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(
         prog="reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
