@@ -237,20 +237,24 @@ def make_all(preset: Preset, cost: dict[Run, float], root: Path) -> None:
     """Make the runs that are not finished, one after another."""
     todo = [run for run in cost if not finished(preset, run, root)]
     every = 0.5 if sys.stderr.isatty() else 60
-    expected = [cost[run] or 1.0 for run in todo]
-    started, done = time.time(), 0.0
+    spent = estimated = scoring = 0.0  # of the tuned runs; scoring: the untuned model's seconds
     with tqdm(total=len(todo), desc="compare", unit="run", mininterval=every, disable=not todo) as bar:
         needy = [run for run in todo if running.side_files(preset, run)]
         if needy:
             bar.set_postfix_str("side files")
             running.make_side_files(preset, needy, root)
+        for number, run in enumerate(todo):
+            rate = spent / estimated if estimated else 1.0
+            left = sum(cost[other] + scoring for other in todo[number:])
+            end = at(time.time() + rate * left)
+            bar.set_postfix_str(f"{' '.join(run.flags or (UNTUNED,))}, seed {run.seed}, all end {end}")
             started = time.time()
-        for run, seconds in zip(todo, expected, strict=True):
-            rate = (time.time() - started) / done if done else 1.0  # real seconds for one that was estimated
-            end = time.time() + rate * (sum(expected) - done)
-            bar.set_postfix_str(f"{' '.join(run.flags or (UNTUNED,))}, seed {run.seed}, ends {at(end)}")
             running.make(preset, run, root)
-            done += seconds
+            took = time.time() - started
+            if run.flags is None:
+                scoring = took
+            else:
+                spent, estimated = spent + took, estimated + cost[run] + scoring
             bar.update()
 
 
