@@ -28,7 +28,7 @@ from data.sft import line_of_row, read_rows
 from data.tokenizer import TextTokenizer
 from eval.statistics import in_words, measure
 from model import Transformer
-from training.files import write_json
+from training.files import check_writable, write_json
 from training.lora import load_adapter
 from training.ranks import Ranks, chosen_device
 from training.run_folder import code_version, device_name
@@ -157,6 +157,8 @@ def load(args: argparse.Namespace) -> tuple[Transformer, TextTokenizer]:
     """
     if args.out and Path(args.out).is_dir():
         raise ValueError(f"--out {args.out}: expected a file name, got a folder")
+    if args.out and Ranks.current().rank == 0:
+        check_writable(args.out)
     if not Path(args.model).is_dir():
         raise FileNotFoundError(f"--model {args.model}: no such folder (`python train.py` makes the default one)")
     if args.adapter and not Path(args.adapter).is_dir():

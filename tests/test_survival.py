@@ -22,7 +22,7 @@ from model import Transformer
 from pruners import score_rows
 from training import checkpoint as checkpoints
 from training import files, run_folder
-from training.files import append_json, locked, replaced, write_json, written_aside
+from training.files import append_json, check_writable, locked, replaced, write_json, written_aside
 
 STEPS = ["--max-steps", "4", "--save-every", "1", "--log-selection"]
 
@@ -446,6 +446,14 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
         raise RuntimeError
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_an_output_is_tried_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "x.json")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        check_writable(tmp_path / "file" / "x.json")
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):

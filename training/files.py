@@ -127,6 +127,16 @@ def replaced(path: str | Path, earlier: str | Path | None = None) -> Iterator[Bi
         sync_folder(Path(path).parent)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise the OSError of writing `path` now, before the work whose result it will hold; nothing stays behind."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(f"{path}.tmp")
+    with naming(path):
+        aside.write_bytes(b"\0" * 4096)  # a full disk lets empty files be made
+        aside.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to disk, so that a rename survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
