@@ -15,7 +15,8 @@ from data.sft import load_samples
 from data.tokenizer import TextTokenizer
 from model import ModelConfig, Transformer
 from pruners import score_rows
-from training import head, lora, packing, run_folder, scoring
+from training import checkpoint as checkpoint_file
+from training import head, lora, packing, scoring
 from training.head import TokenLoss
 from training.packing import pack
 
@@ -140,10 +141,10 @@ def test_every_pruner_runs(checkpoint, rows, tmp_path, sample_pruner, token_prun
 
 def resumed(checkpoint, rows, out, monkeypatch, *flags):
     """A run goes on as if never stopped, and its checkpoint is read from the mapped file, not onto the GPU."""
-    load = torch.load
+    load, reads = torch.load, []
 
     def watched(file, map_location=None, **settings):
-        assert (map_location, settings["mmap"]) == ("cpu", True), "the checkpoint is read onto the GPU"
+        reads.append((map_location, settings["mmap"]))
         return load(file, map_location=map_location, **settings)
 
     monkeypatch.setattr(torch, "load", watched)
@@ -151,6 +152,7 @@ def resumed(checkpoint, rows, out, monkeypatch, *flags):
     whole = run(checkpoint, rows, out / "whole", *flags, "--epochs", "8", "--max-steps", "3")
     run(checkpoint, rows, out / "cut", *flags, "--epochs", "8", "--max-steps", "2")
     cut = run(checkpoint, rows, out / "cut", *flags, "--epochs", "8", "--max-steps", "3", "--resume")
+    assert set(reads) == {("cpu", True)}, "the checkpoint is read onto the GPU"
     assert [m["loss"] for m in cut] == [m["loss"] for m in whole]
 
 
@@ -292,16 +294,16 @@ MISTAKES = {
         "waits",
     ),
     "the checkpoint goes to the GPU": (
-        run_folder.Run.resume,
+        checkpoint_file.read_checkpoint,
         'map_location="cpu"',
-        "map_location=self.ranks.device",
+        'map_location="cuda"',
         "resume",
     ),
     "texts are generated in fp32": (eval.during.eval_scores, "with autocast:", "if True:", "eval"),
     "side files from fp32 weights": (
-        score_rows.score_file,
-        "torch.bfloat16 if bf16",
-        "torch.float32 if bf16",
+        score_rows.score_missing,
+        "torch.bfloat16 if bf16 else torch.float32, device",
+        "torch.float32, device",
         "side files",
     ),
 }
