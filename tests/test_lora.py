@@ -64,7 +64,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path):
         add_lora(lora_model(), 2, 4)
     with pytest.raises(ValueError, match="no LoRA layers to save"):
         save_adapter(small_model(), tmp_path)
-    with pytest.raises(ValueError, match="must be in .1, hidden_size 16., got 0"):
+    with pytest.raises(ValueError, match=r"must be in \[1, hidden_size 16\], got 0"):
         add_lora(small_model(), 0, 1)
 
 
