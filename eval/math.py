@@ -9,8 +9,8 @@ Protocol `paper` (OpenCompass math_gen, the harness of the paper; no chat templa
     they are the first rows of --exemplars, whose solutions box their answers. Without that flag the prompt is
     0-shot; `protocol` in the result says which it was.
   - Up to 512 new tokens, or as many as the model's context has room for; no string stops a text.
-  - The prediction is the last closed \\boxed{...} of the whole text. If a model continues with problems of its own, it
-    is the answer to the last of them.
+  - The prediction is the last closed \\boxed{...} of the whole text, the inner one of nested boxes. If a model
+    continues with problems of its own, it is the answer to the last of them.
   - Without a box, the text is split at full stops, and the first piece with `final answer` or `answer is` counts. The
     prediction is what follows those words there, or the content of the first pair of dollars after them. Without
     such a piece, the prediction is the text before the first full stop. So `3.5` without a box is read as 3.
@@ -21,13 +21,14 @@ Protocol `standard` (prompt and stop string of lm-evaluation-harness's minerva_m
   - The prompt is `Problem:`, the problem, an empty line, `Solution:`. 4 rows of --exemplars come before it in the same
     form, each with its solution and an empty line.
   - Up to 512 new tokens; a text ends before the next `Problem:`.
-  - The prediction is the last closed \\boxed{...}; a text without one has no prediction. It is correct if
-    `tex.canonical` gives the same for it and gold: exact numbers, sets, tuples, intervals. There is no algebra; other
-    answers are compared as normalised strings.
+  - The prediction is the last closed \\boxed{...} that is not in another box, without the boxes in it; a text without
+    one has no prediction. It is correct if `tex.canonical` gives the same for it and gold: exact numbers, sets,
+    tuples, intervals. There is no algebra; other answers are compared as normalised strings. (This equality and the
+    treatment of nested boxes are ours; lm-evaluation-harness asks SymPy.)
 
-Under both, gold is the row's `answer`, or else the last box of its solution. The score is the percentage of correct
-answers, and `metrics` has it for each level and subject. Decoding is greedy. (The authors' harness seems to have
-sampled at temperature 1: that is --temperature 1.)
+Under both, gold is the row's `answer`, or else the last box of its solution, as `standard` reads it. The score is the
+percentage of correct answers, and `metrics` has it for each level and subject. Decoding is greedy. (The authors'
+harness seems to have sampled at temperature 1: that is --temperature 1.)
 
 Rows: {problem, solution, answer?, level?, subject? or type?, unique_id? or id?}; level is 5 or `Level 5`. The default
 id is the row number, from 0.
@@ -79,7 +80,7 @@ def parse_item(row: dict, id: str) -> Item:
         ValueError: a key is missing or unusable, or the solution has no answer.
     """
     problem, solution = common.text_field(row, "problem"), common.text_field(row, "solution")
-    gold = common.text_field(row, "answer") if "answer" in row else last_boxed(solution)
+    gold = common.text_field(row, "answer") if "answer" in row else outer_boxed(solution)
     if not gold:
         raise ValueError(f"key 'solution': expected its answer in \\boxed{{...}}, got {solution[-40:]!r}")
     level, subject = row.get("level"), row.get("subject", row.get("type"))
@@ -105,18 +106,34 @@ def prompt(item: Item, exemplars: Sequence[Item], protocol: str) -> str:
     return "".join(worked) + f"Problem:\n{item.problem}\nSolution:\n"
 
 
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+
+
 def last_boxed(text: str) -> str | None:
     """The content of the last closed \\boxed or \\fbox; None where there is none."""
-    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])", text))):
+    for box in reversed(list(BOX.finditer(text))):
         if found := argument(text, box.end()):
             return found[0].strip()
     return None
 
 
+def outer_boxed(text: str) -> str | None:
+    """The content of the last closed box that is in no other box, without the boxes in it; None where there is none."""
+    content, at = None, 0
+    while box := BOX.search(text, at):
+        found, at = argument(text, box.end()), box.end()
+        if found and not BOX.fullmatch(found[0]):  # in \boxed\boxed{5} the first box holds no more than a command
+            content, at = found
+    while content and (inner := BOX.search(content)):
+        boxed, end = argument(content, inner.end()) or ("", inner.end())
+        content = f"{content[: inner.start()]} {boxed} {content[end:]}"
+    return content and content.strip()
+
+
 def extract(text: str, protocol: str) -> str | None:
     """The answer in a generated text, as it is written; None where there is none."""
     if protocol == "standard":
-        return last_boxed(generation.cut(text, PROTOCOLS[protocol].stop))
+        return outer_boxed(generation.cut(text, PROTOCOLS[protocol].stop))
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed

@@ -41,8 +41,8 @@ SPELLINGS = {  # token -> its one spelling; "" for a token without meaning
 }
 NUMBER = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 TOKEN = re.compile(rf"[1-9][0-9]{{0,2}}(?:,[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?|{NUMBER}|\\[A-Za-z]+|\\.|\S", re.DOTALL)
-# 10,\!080 and 10{,}080
-MARKED_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\s*\\!|\{,\})\s*(?=[0-9]{3}(?![0-9]))")
+# 10,\!080, 10 ,\! 080 and 10{,}080
+MARKED_THOUSANDS = re.compile(r"(?<=[0-9])\s*(?:,\s*\\!|\{,\})\s*(?=[0-9]{3}(?![0-9]))")
 TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 TEXT_AT_END = re.compile(rf"(?<![_^]){TEXT.pattern}(?:\s*\^\s*\{{?[0-9]\}}?)?[\s.$]*$")
 UNIT = re.compile(
@@ -147,21 +147,42 @@ RATIONAL = re.compile(rf"(-?)([0-9]+(?=\\))?(?:({NUMBER})|\\frac\{{(-?(?:{NUMBER
 MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}")
 PIECE = re.compile(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
 PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
+# 1 000 and 12 345.5, as `normalise` leaves 1\,000 and 12\,345.5
+SPACED_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9.] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9])")
+# (x, y)=(3, 4) and (r, \theta)\in\{...\}
+NAME = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{\w+\})?"
+TUPLE_OF_NAMES = re.compile(rf"\({NAME}(?:, {NAME})+\)(?:=|\\in(?![A-Za-z]))((?:[(\[]|\\\{{)[^=]+)")
+# A word is no product, so three letters do not follow each other.
+SYMBOL = (
+    r"(?:\\sqrt(?:\[\w+\])?\{(?:[^{}]|\{[^{}]*\})*\}"
+    r"|\\(?:pi|theta|alpha|beta|gamma|lambda|phi|omega)(?![A-Za-z])|(?<!\\)[a-z](?![a-z]{2}))(?:\^\{\w+\})?"
+)
+PRODUCT = re.compile(rf"(.*?)({SYMBOL}(?: ?{SYMBOL})*)", re.DOTALL)
+PRODUCT_OVER_NUMBER = re.compile(rf"(-?)\\frac\{{(.+)\}}\{{({NUMBER})\}}", re.DOTALL)
 
 
 def canonical(text: str) -> Hashable:
     """The meaning of an answer: two answers are equal under protocol `standard` if this is equal for both.
 
-    After `normalise`, integers, decimals, fractions and mixed numbers are exact rationals. A list a,b, a set \\{a,b\\}
-    and the two values of a \\pm b are sets. Tuples and intervals keep their order and brackets; unions of intervals
-    are sets of intervals; pmatrix and bmatrix are the same. Brackets around a single value are removed. The parts
-    are read in the same way.
-    Everything else is compared as a string: 2(x+1) is not 2x+2, x+1 is not 1+x, 1/\\sqrt{2} is not \\sqrt{2}/2, 10^3
-    is not 1000, 50% is not 0.5.
+    After `normalise`, integers, decimals, fractions and mixed numbers are exact rationals. A space may separate
+    thousands: 1\\,000 and 1 000 are 1000. A list a,b, a set \\{a,b\\} and the two values of a \\pm b are sets. Tuples
+    and intervals keep their order and brackets; unions of intervals are sets of intervals; pmatrix and bmatrix are
+    the same, and \\\\ after the last row begins no row. Brackets around a single value are removed. So is a tuple of
+    names before = or \\in: (x,y)=(3,4) is (3,4). The parts are read in the same way.
+    A number times roots, Greek letters and variables is the exact number and the other factors as they are written:
+    \\frac{1}{2}\\pi, 0.5\\pi and \\frac{\\pi}{2} are the same.
+    These rules are this project's own, and protocol `paper` does not use them.
+
+    Everything else is compared as a string. Still unequal: 2(x+1) and 2x+2; x+1 and 1+x; ab and ba; 1/\\sqrt{2} and
+    \\sqrt{2}/2; \\sqrt{4} and 2; \\frac{\\pi}{2}r and \\frac{\\pi r}{2}; 10^3 and 1000; 50% and 0.5; 1011_2 and 11,
+    (1011)_2 or 1011_{\\text{two}}; x=3, y=4 and (3,4); matrices in other environments; a number in words and in digits.
     """
     text = normalise(text)
     if len(text) > LONGEST:
         return text
+    text = SPACED_THOUSANDS.sub(lambda number: number[0].replace(" ", ""), text)
+    if names := TUPLE_OF_NAMES.fullmatch(text):
+        return canonical(names[1])
     intervals = split(text, "\\cup")
     if len(intervals) > 1:
         return "union", frozenset(map(canonical, intervals))
@@ -177,8 +198,10 @@ def canonical(text: str) -> Hashable:
             return canonical(inside)
         return opening, tuple(map(canonical, parts)), closing
     if matrix := MATRIX.fullmatch(text):
-        return "matrix", tuple(tuple(map(canonical, split(row, "&"))) for row in split(matrix[1], "\\\\"))
-    return rational(text) or text
+        *rows, last = split(matrix[1], "\\\\")
+        rows += [last] if last or not rows else []
+        return "matrix", tuple(tuple(map(canonical, split(row, "&"))) for row in rows)
+    return rational(text) or product(text) or text
 
 
 def rational(text: str) -> tuple[str, Fraction] | None:
@@ -189,6 +212,19 @@ def rational(text: str) -> tuple[str, Fraction] | None:
     sign, whole, plain, above, below = number.groups()
     value = Fraction(whole or 0) + (Fraction(plain) if plain else Fraction(above) / Fraction(below))
     return "rational", -value if sign else value
+
+
+def product(text: str) -> tuple[str, Fraction, str] | None:
+    """("product", value, the other factors) of a normalised number times symbols, in a fraction or not; else None."""
+    if fraction := PRODUCT_OVER_NUMBER.fullmatch(text):
+        above, below = product(fraction[2]), Fraction(fraction[3])
+        if above is None or below == 0:
+            return None
+        return "product", above[1] / (-below if fraction[1] else below), above[2]
+    if not (factors := PRODUCT.fullmatch(text)):
+        return None
+    number = rational({"": "1", "-": "-1"}.get(factors[1], factors[1]))
+    return number and ("product", number[1], factors[2])
 
 
 def split(text: str, separator: str) -> list[str]:

@@ -74,6 +74,23 @@ def test_the_last_closed_box_is_found(text, boxed):
 
 
 @pytest.mark.parametrize(
+    "text, outer, inner",
+    [
+        (r"\boxed{\boxed{5}}", "5", "5"), (r"\boxed{\boxed{5}, \fbox{6}}", "5,6", "6"),
+        (r"\boxed{\boxed{3}+2}", "3+2", "3"),
+        (r"\boxed{x=\boxed{5}}", "x=5", "5"), (r"\boxed{1} or \boxed{\boxed{\boxed{2}}}", "2", "2"),
+        (r"\boxed{\boxed{5}", "5", "5"), (r"\boxed\boxed{5}", "5", "5"), (r"\boxed{5\boxed}", "5", "5\\boxed"),
+        (r"\boxed{\boxed{5} and", "5", "5"), (r"\boxed{5} and \boxed{6", "5", "5"), (r"\boxed{", None, None),
+    ],
+)  # fmt: skip
+def test_nested_boxes_are_one_answer_under_standard_and_the_inner_one_counts_under_paper(text, outer, inner):
+    assert math.last_boxed(text) == inner
+    found = math.extract(text, "standard")
+    assert (found and found.replace(" ", "")) == outer
+    assert math.extract(text, "paper") == (text if inner is None else inner)
+
+
+@pytest.mark.parametrize(
     "text, paper, standard",
     [
         (r"\boxed{4}. Problem: 2? \boxed{5}", "5", "4"), (r"Problem: 2? \boxed{5}", "5", None),

@@ -17,6 +17,7 @@ from eval.tex import normalise
         ("10.", "10"), (r"\$10", "10"), ("$10$", "10"), ("1,000", "1000"), ("-3", "-3"), ("+3", "3"), ("10.00", "10"),
         ("3/4", r"\frac{3}{4}"), (".5", "0.5"), ("0.50", "0.5"), ("00", "00"), ("-.50", "-0.5"), ("", ""),
         (r"10,\!080", "10080"), (r"11,\! 111,\! 111", "11111111"), ("10{,}080", "10080"), ("1,234,567.80", "1234567.8"),
+        (r"1 ,\! 000", "1000"), ("1 {,} 000", "1000"), (r"1\,000", "1 000"),
         ("1, 200", "1, 200"), ("(1,200)", "(1, 200)"), ("12,34", "12, 34"), ("0,123", "0, 123"), ("1,2000", "1, 2000"),
         (r"\dfrac12", r"\frac{1}{2}"), (r"\tfrac{1}{2}", r"\frac{1}{2}"), (r"\frac 59", r"\frac{5}{9}"),
         (r"\frac9{19}", r"\frac{9}{19}"), (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"),
@@ -73,6 +74,7 @@ pieces = rubbish | st.lists(st.sampled_from(FEW), max_size=4).map("".join)
 
 
 @given(first=pieces, second=pieces, third=pieces)
+@example(first=r"1\,000", second="1 000", third="1000")
 @example(first="(" * 150 + "1" + ")" * 149, second=r"\{" * 70 + r"\}" * 70, third="1/0")
 def test_equality_is_an_equivalence_and_standard_is_the_wider_one(first, second, third):
     for protocol in PROTOCOLS:
@@ -140,9 +142,32 @@ def test_numbers_are_compared_as_exact_rationals(number, other, data):
         ("52_8", "52", False, False),
         (r"6\text{ PM}", "6", True, True), ("Evelyn", "evelyn", False, False), (r"2\sqrt{5}", r"2 \sqrt 5", True, True),
         ("1,200", "1, 200", False, False), ("", "0", False, False), ("", "", True, True),
+        # thousands
+        (r"1\,000", "1000", False, True), ("1{,}000", "1000", True, True), (r"1 ,\! 000", "1,000", True, True),
+        (r"-12\,345\,678.50", "-12345678.5", False, True), (r"(1\,000, 2)", "(1000,2)", False, True),
+        (r"1\,00", "100", False, False), (r"1\,0000", "10000", False, False), (r"0\,123", "123", False, False),
+        (r"2 \,5", "25", False, False), (r"1\,000, 2\,000", "1000, 2000", False, True),
+        # rows, names and factors
+        (r"\begin{pmatrix}1\\2\\ \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", False, True),
+        (r"\begin{bmatrix}1&2\\\end{bmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}", False, True),
+        (r"\begin{pmatrix}1\\\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", False, False),
+        ("(x,y)=(3,4)", "(3,4)", False, True), (r"\left(r, \theta\right) = (2, \pi)", r"(2,\pi)", False, True),
+        (r"(x,y)\in\{(1,2),(3,4)\}", "(3,4),(1,2)", False, True), ("(x,y)=(3,4)", "(4,3)", False, False),
+        ("(x,y)=3", "3", False, False), ("(1,2)=(3,4)", "(3,4)", False, False),
+        (r"\frac{1}{2}\pi", r"\frac{\pi}{2}", False, True), (r"-\frac{3}{2}\pi", r"\frac{-6\pi}{4}", False, True),
+        (r"0.5\pi", r"\pi/2", False, True), (r"\frac12\sqrt3", r"\frac{\sqrt{3}}{2}", False, True),
+        (r"1\frac12\pi r^2", r"\frac{3\pi r^{2}}{2}", False, True), ("(0,2x/4)", r"(0, \frac12x)", False, True),
+        (r"\frac{1}{2}\pi", r"\frac{2}{\pi}", False, False), (r"2\pi", "2", False, False),
+        ("1cats", "cats", False, False),
+        (r"\frac{\pi}{0}", r"\frac{\pi}{00}", False, False), ("1A_{16}", "A_{16}", False, False),
+        ("1011_2", "1011_{2}", True, True), (r"1\,011_2", "1011_2", False, True), ("1011_2", "1011_3", False, False),
         # what is not understood, and so is not equal
         ("2(x+1)", "2x+2", False, False), ("x+1", "1+x", False, False),
         (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}", False, False),
+        ("ab", "ba", False, False), (r"\frac{\pi}{2}r", r"\frac{\pi r}{2}", False, False),
+        ("1011_2", "11", False, False),
+        ("1011_2", "(1011)_2", False, False), (r"1011_{\text{two}}", "1011_2", False, False),
+        ("x=3, y=4", "(3,4)", False, False),
         ("10^3", "1000", False, False), ("50%", "0.5", False, False), ("two", "2", False, False),
         (r"\sqrt{4}", "2", False, False),
     ],
