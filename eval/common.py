@@ -248,6 +248,15 @@ def text_field(row: dict, key: str) -> str:
     return value
 
 
+@contextlib.contextmanager
+def naming(place: str | Path) -> Iterator[None]:
+    """Put the place before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
 def prompt_id(text: str) -> str:
     """The first 16 hexadecimal digits of the text's SHA-256: equal ids mean equal prompts."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -27,12 +27,15 @@ Protocol `standard` (SQuAD's own script, as lm-evaluation-harness runs it):
     best_f1 at a threshold on the word's likelihood; we do not.
 
 Rows: the published JSON, {data: [{title, paragraphs: [{context, qas: [{id, question, is_impossible, answers:
-[{text}], plausible_answers: [{text}]}]}]}]}. plausible_answers may be missing. Exemplars have the same form.
+[{text}], plausible_answers: [{text}]}]}]}]}. plausible_answers may be missing.
+A .jsonl file has the rows of the Hugging Face hub (squad_v2), a question a line: {id, title, context, question,
+answers: {text: [...], answer_start: [...]}}. A question without an answer has an empty list there. The hub has no
+plausible answers, so under `paper` its impossible questions have the one reference `impossible to answer`: the score
+is at most that of the published file. Other keys are ignored. Exemplars have either form.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -69,23 +72,25 @@ class Item:
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """The questions of a file, in its order.
+    """The questions of a file, in its order. A .jsonl file has the hub's rows, any other the published object.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is unusable; the message names file and place, such as
-            `dev.json: data[3].paragraphs[0].qas[2]: key 'question' is missing ...`.
+            `dev.json: data[3].paragraphs[0].qas[2]: key 'question' is missing ...` or `dev.jsonl:7: ...`.
     """
+    if Path(path).suffix == ".jsonl":
+        return common.read_items(path, parse_row)
     whole, items = read_object(path), []
-    with naming(path):
+    with common.naming(path):
         for article, in_data in children(whole, "data"):
-            with naming(in_data):
+            with common.naming(in_data):
                 title = common.text_field(article, "title")
             for paragraph, in_article in children(article, "paragraphs", in_data):
-                with naming(in_article):
+                with common.naming(in_article):
                     context = common.text_field(paragraph, "context")
                 for question, in_paragraph in children(paragraph, "qas", in_article):
-                    with naming(in_paragraph):
+                    with common.naming(in_paragraph):
                         items.append(parse_item(question, title, context))
         if not items:
             raise ValueError("expected at least one question, got none")
@@ -106,15 +111,6 @@ def read_object(path: str | Path) -> dict:
     if not isinstance(whole, dict):
         raise ValueError(f"{path}: expected SQuAD's one JSON object, got {json_kind(whole)}")
     return whole
-
-
-@contextlib.contextmanager
-def naming(place: str | Path) -> Iterator[None]:
-    """Put the place before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
 
 
 def children(parent: dict, key: str, place: str = "") -> Iterator[tuple[dict, str]]:
@@ -147,11 +143,40 @@ def parse_item(question: dict, title: str, context: str) -> Item:
     return Item(id, title, context, asked, answers, plausible)
 
 
+def parse_row(row: dict, id: str) -> Item:
+    """The item of a row of the hub; `id` is not used, for each row has its own.
+
+    Raises:
+        ValueError: a key is missing or unusable, or the answers contradict is_impossible, where the row has it.
+    """
+    id, title, context, asked = (common.text_field(row, key) for key in ("id", "title", "context", "question"))
+    answers = listed_texts(row, "answers")
+    if row.get("is_impossible", not answers) is not (not answers):
+        raise ValueError(
+            f"key 'answers': {len(answers)} of them, but is_impossible is {json_kind(row['is_impossible'])}"
+        )
+    plausible = listed_texts(row, "plausible_answers") if not answers and "plausible_answers" in row else ()
+    return Item(id, title, context, asked, answers, plausible)
+
+
+def listed_texts(row: dict, key: str) -> tuple[str, ...]:
+    """The distinct texts of row[key]["text"], in its order."""
+    if not isinstance(row.get(key), dict):
+        got = f"got {json_kind(row[key])}" if key in row else "there is no such key"
+        raise ValueError(f"key {key!r}: expected an object {{text: [...], answer_start: [...]}}, {got}")
+    texts = row[key].get("text")
+    if not isinstance(texts, list):
+        got = f"got {json_kind(texts)}" if "text" in row[key] else "there is no such key"
+        raise ValueError(f"{key}: key 'text': expected a list of texts, {got}")
+    with common.naming(key):
+        return tuple(dict.fromkeys(common.text_field({"text": text}, "text") for text in texts))
+
+
 def answer_texts(question: dict, key: str) -> tuple[str, ...]:
     """The distinct texts of a list of answers, in its order."""
     texts = {}
     for answer, place in children(question, key):
-        with naming(place):
+        with common.naming(place):
             texts[common.text_field(answer, "text")] = True
     return tuple(texts)
 

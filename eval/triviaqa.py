@@ -112,7 +112,8 @@ def parse_item(row: dict, id: str) -> Item:
     else:
         question = common.text_field(row, "question")
     if isinstance(row.get("answer"), dict):
-        first, aliases = common.text_field(row["answer"], "value"), alias_texts(row["answer"])
+        with common.naming("key 'answer'"):
+            first, aliases = common.text_field(row["answer"], "value"), alias_texts(row["answer"])
     else:
         first, aliases = common.text_field(row, "answer"), alias_texts(row)
     question_id = row.get("question_id")

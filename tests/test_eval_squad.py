@@ -13,6 +13,7 @@ from eval_cases import (
     scored,
     short_answers,
     write,
+    write_jsonl,
 )
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -90,6 +91,49 @@ BAD_SQUAD = {
 def test_a_bad_squad_file_is_refused_in_one_line_that_names_the_place(tmp_path, capsys, content, fragments):
     data = write(tmp_path / "dev.json", content)
     assert_refused(capsys, squad, ["--model", tmp_path / "no model", "--data", data], fragments)
+
+
+HUB = {
+    "id": "h1", "title": "Normans", "context": "Rollo led the Duchy.", "question": "Who?",
+    "answers": {"text": ["Rollo", "the Rollo", "Rollo"], "answer_start": [0, 0, 0]},
+}  # fmt: skip
+NO_HUB = HUB | {"id": "h2", "question": "Why?", "answers": {"text": [], "answer_start": []}}
+
+
+def test_the_hubs_rows_are_read_one_a_line_and_have_no_plausible_answers(tmp_path):
+    items = squad.read_items(write_jsonl(tmp_path / "dev.jsonl", [HUB, NO_HUB]))
+    assert items == [
+        squad.Item("h1", "Normans", "Rollo led the Duchy.", "Who?", ("Rollo", "the Rollo"), ()),
+        squad.Item("h2", "Normans", "Rollo led the Duchy.", "Why?", (), ()),
+    ]
+    published = squad_json(
+        {**QA, "id": "h1", "answers": [{"text": "Rollo"}, {"text": "the Rollo"}]},
+        {**NO_QA, "id": "h2", "plausible_answers": []},
+    )
+    assert items == squad.read_items(write(tmp_path / "dev.json", published))
+    assert squad.references(items[1], "paper") == ("impossible to answer",)
+
+
+BAD_HUB = [
+    ("{", ["not valid JSON"]),
+    ([], ["expected a JSON object"]),
+    ({key: value for key, value in HUB.items() if key != "id"}, ["key 'id' is missing"]),
+    (HUB | {"id": "x", "context": 3}, ["key 'context'", "expected a text", "3"]),
+    ({key: value for key, value in NO_HUB.items() if key != "answers"}, ["key 'answers'", "object", "no such key"]),
+    (HUB | {"id": "x", "answers": [{"text": "a"}]}, ["key 'answers'", "expected an object", "a list"]),
+    (HUB | {"id": "x", "answers": {}}, ["answers: key 'text'", "expected a list of texts", "no such key"]),
+    (HUB | {"id": "x", "answers": {"text": "a"}}, ["answers: key 'text'", "expected a list of texts", "a text"]),
+    (HUB | {"id": "x", "answers": {"text": ["a", None]}}, ["answers: key 'text'", "expected a text", "None"]),
+    (NO_HUB | {"is_impossible": False}, ["'answers'", "0 of them", "is_impossible is false"]),
+    (squad_json(QA), ["key 'id' is missing", "data"]),
+]
+
+
+@pytest.mark.parametrize("row, fragments", BAD_HUB)
+def test_a_bad_row_of_the_hubs_form_is_refused_by_line_and_key(tmp_path, capsys, row, fragments):
+    bad = row if isinstance(row, str) else json.dumps(row)
+    data = write(tmp_path / "dev.jsonl", f"{json.dumps(HUB)}\n{bad}\n")
+    assert_refused(capsys, squad, ["--model", tmp_path / "no model", "--data", data], ["dev.jsonl:2: ", *fragments])
 
 
 # --- correct and wrong ---------------------------------------------------------------------------------------

@@ -77,6 +77,8 @@ BAD_TRIVIA = {
     ("rows.jsonl", '{"question": "?", "answer": "x", "aliases": []}'): ["rows.jsonl:2", "key 'aliases'", "[]"],
     ("rows.jsonl", '{"question": "?", "answer": "x", "aliases": ["x", 3]}'): ["rows.jsonl:2", "'aliases'", "3"],
     ("rows.jsonl", '{"question": "?", "answer": {"aliases": ["x"]}}'): ["rows.jsonl:2", "'value' is missing"],
+    ("rows.jsonl", '{"question": "?", "answer": {"value": "x"}}'): ["rows.jsonl:2: key 'answer'", "'aliases'", "None"],
+    ("rows.jsonl", '{"question": "?", "answer": {"value": 3, "aliases": ["x"]}}'): ["2: key 'answer'", "'value'", "3"],
     ("rows.jsonl", '{"context": "Who?", "answer": "x", "aliases": ["x"]}'): ["rows.jsonl:2", "'context'", "'Who?'"],
     ("rows.csv", "Who?"): ["rows.csv:2", "two fields", "got 1"],
     ("rows.csv", "Who?\tx\ty"): ["rows.csv:2", "two fields", "got 3"],
