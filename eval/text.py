@@ -20,12 +20,19 @@ def first_phrase(text: str) -> str:
     return " ".join(ARTICLES.sub("", re.sub(r"[^\w\s]", "", text)).split())
 
 
-def plain_words(text: str, articles: bool = False) -> str:
-    """The text in lower case, without ASCII punctuation and with single spaces. Idempotent.
+def plain_words(text: str) -> str:
+    """The text in lower case, without ASCII punctuation and articles and with single spaces. Idempotent.
 
-    The words a, an and the are removed unless `articles`. Dashes, curly quotes and accents remain.
+    Dashes, curly quotes and accents remain.
 
-    Source: SQuAD's evaluation script, normalize_answer; lm-evaluation-harness.
+    Source: SQuAD's evaluation script, normalize_answer.
     """
-    text = text.lower().translate(PUNCTUATION)
-    return " ".join((text if articles else ARTICLES.sub(" ", text)).split())
+    return " ".join(ARTICLES.sub(" ", without_punctuation(text)).split())
+
+
+def without_punctuation(text: str) -> str:
+    """The text in lower case, without ASCII punctuation. Spaces and articles remain. Idempotent.
+
+    Source: lm-evaluation-harness, exact_match with ignore_case and ignore_punctuation.
+    """
+    return text.lower().translate(PUNCTUATION)

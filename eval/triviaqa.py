@@ -15,9 +15,13 @@ Protocol `paper` (OpenCompass triviaqa_gen, the harness of the paper; zero-shot,
 Protocol `standard` (lm-evaluation-harness triviaqa):
   - The prompt is `Question: {question}?` and `Answer:`, on lines of their own. Decoding is greedy and stops at a
     newline, full stop or comma; up to 256 new tokens.
-  - A prediction is correct if it equals an alias except for case, ASCII punctuation and spacing (eval.text.plain_words
-    with articles). An alias that normalises to the empty string is ignored. The prediction of `St. Louis` ends at `St`
-    and is wrong, where `St Louis` is correct: the stop strings are the harness's.
+  - A prediction is correct if it equals an alias except for case and ASCII punctuation (eval.text.without_punctuation).
+    Only the ends of the prediction lose their spaces, so `x y` is not the alias `x - y`, which has two spaces left.
+    `value` is no alias unless the list has it, and an exemplar is answered with the first alias of its list.
+    The prediction of `St. Louis` ends at `St` and is wrong, where `St Louis` is correct: the stop strings are the
+    harness's.
+  - Unlike in the harness, an alias that normalises to the empty string is ignored: an empty prediction equals it there.
+    Exemplars are the first rows of --exemplars; the harness draws its own.
 
 Both harnesses put a question mark after every question, even if it ends in one, and so do we: `...??`.
 
@@ -25,7 +29,8 @@ Rows; the suffix and the keys tell the form:
   - .jsonl or .json: {question, answer: {value, aliases}} as on the Hugging Face hub (its other keys are ignored), or
     {question, answer, aliases}, or {context, answer, aliases} with a context `Question: ...?\\nAnswer:`;
   - .csv or .tsv: question, tab, a Python list of aliases; no header.
-The id is `id` or `question_id`; default: the row number, from 0. The aliases include the answer itself.
+The id is `id` or `question_id`; default: the row number, from 0. Under `paper` the answer itself is an alias too, and
+an exemplar is answered with it.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ from pathlib import Path
 
 from data.tokenizer import TextTokenizer
 from eval import common, generation
-from eval.text import first_phrase, plain_words
+from eval.text import first_phrase, without_punctuation
 from model import Transformer
 
 INSTRUCTION = "Reply to the question with as few words as you can, and let the reply begin with 'The answer is '."
@@ -52,7 +57,13 @@ PROTOCOLS = {
 class Item:
     id: str
     question: str
-    aliases: tuple[str, ...]  # the first is the answer's usual name
+    aliases: tuple[str, ...]  # as the file lists them
+    value: str | None = None  # the answer's usual name, which the list may lack; None where the file has none
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The usual name, if there is one, and the aliases; each once."""
+        return tuple(dict.fromkeys((self.value, *self.aliases) if self.value else self.aliases))
 
 
 # --- rows ------------------------------------------------------------------------------------------------------
@@ -113,11 +124,11 @@ def parse_item(row: dict, id: str) -> Item:
         question = common.text_field(row, "question")
     if isinstance(row.get("answer"), dict):
         with common.naming("key 'answer'"):
-            first, aliases = common.text_field(row["answer"], "value"), alias_texts(row["answer"])
+            value, aliases = common.text_field(row["answer"], "value"), alias_texts(row["answer"])
     else:
-        first, aliases = common.text_field(row, "answer"), alias_texts(row)
+        value, aliases = common.text_field(row, "answer"), alias_texts(row)
     question_id = row.get("question_id")
-    return Item(id if question_id is None else str(question_id), question, tuple(dict.fromkeys([first, *aliases])))
+    return Item(id if question_id is None else str(question_id), question, aliases, value)
 
 
 def alias_texts(row: dict) -> tuple[str, ...]:
@@ -134,7 +145,7 @@ def alias_texts(row: dict) -> tuple[str, ...]:
 def prompt(item: Item, exemplars: Sequence[Item], protocol: str) -> str:
     """The text that the model continues: each exemplar with its answer and an empty line, then the question."""
     lead = " The answer is " if protocol == "paper" else " "
-    answered = [f"{question_text(e, protocol)}{lead}{e.aliases[0]}\n\n" for e in exemplars]
+    answered = [f"{question_text(e, protocol)}{lead}{accepted(e, protocol)[0]}\n\n" for e in exemplars]
     return "".join(answered) + question_text(item, protocol)
 
 
@@ -143,6 +154,11 @@ def question_text(item: Item, protocol: str) -> str:
     if protocol == "paper":
         return f"{INSTRUCTION}\nQ: {item.question}?\nA:"
     return f"Question: {item.question}?\nAnswer:"
+
+
+def accepted(item: Item, protocol: str) -> tuple[str, ...]:
+    """The correct answers, as the file has them; the first is the answer of an exemplar."""
+    return item.names if protocol == "paper" else item.aliases
 
 
 def extract(text: str, protocol: str) -> str:
@@ -158,9 +174,9 @@ def extract(text: str, protocol: str) -> str:
 def is_correct(prediction: str, item: Item, protocol: str) -> bool:
     """Whether the prediction contains (`paper`) or equals (`standard`) an alias, both normalised."""
     if protocol == "paper":
-        return any(first_phrase(alias) in prediction for alias in item.aliases)
-    words = plain_words(prediction, articles=True)
-    return words != "" and words in [plain_words(alias, articles=True) for alias in item.aliases]
+        return any(first_phrase(alias) in prediction for alias in accepted(item, protocol))
+    letters = without_punctuation(prediction)
+    return letters != "" and letters in map(without_punctuation, accepted(item, protocol))
 
 
 def always_correct(item: Item) -> bool:
@@ -172,9 +188,9 @@ def always_correct(item: Item) -> bool:
 
 
 def judge(item: Item, completion: str, protocol: str) -> dict:
-    """{prediction, gold (the aliases), correct}."""
-    prediction = extract(completion, protocol)
-    return {"prediction": prediction, "gold": list(item.aliases), "correct": is_correct(prediction, item, protocol)}
+    """{prediction, gold (the correct answers), correct}."""
+    prediction, gold = extract(completion, protocol), list(accepted(item, protocol))
+    return {"prediction": prediction, "gold": gold, "correct": is_correct(prediction, item, protocol)}
 
 
 def evaluate(

@@ -19,7 +19,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from eval import triviaqa
-from eval.text import plain_words
+from eval.text import without_punctuation
 
 
 def trivia_item(*aliases, id="q"):
@@ -46,10 +46,12 @@ def test_the_forms_of_triviaqa_rows_are_read_alike(tmp_path):
         {"question": "What is a Garron?", "id": 7, "answer": "Horse", "aliases": aliases},
         {"context": "Question: What is a Garron?\nAnswer:", "id": "7", "answer": "Horse", "aliases": aliases},
     ]
+    expected = triviaqa.Item("7", HORSE.question, tuple(aliases), "Horse")
+    assert expected.names == HORSE.names == HORSE.aliases
     for row in rows:
         lines = json.dumps(row, ensure_ascii=False) + "\n"
-        assert triviaqa.read_items(write(tmp_path / "rows.jsonl", lines)) == [HORSE]
-        assert triviaqa.read_items(write(tmp_path / "rows.json", [row])) == [HORSE]
+        assert triviaqa.read_items(write(tmp_path / "rows.jsonl", lines)) == [expected]
+        assert triviaqa.read_items(write(tmp_path / "rows.json", [row])) == [expected]
 
 
 def test_triviaqa_csv_rows_are_read(tmp_path):
@@ -154,6 +156,20 @@ def test_triviaqa_texts_that_are_right_and_wrong(item, text, paper, standard):
     assert right(triviaqa, item, text, "standard") is standard
 
 
+def test_standard_knows_the_listed_aliases_alone_and_keeps_their_spaces():
+    item = triviaqa.Item("q", "Who?", ("Allium cepa", "x - y", "p  q "), "Onion")
+    texts = {
+        "onion": False, "allium cepa": True, "Allium  cepa": False, " ALLIUM CEPA! ": True,
+        "x y": False, "x  y": True, "x-y": False, "x - y": True, "p  q": False,
+    }  # fmt: skip
+    assert {text: right(triviaqa, item, text, "standard") for text in texts} == texts
+    assert right(triviaqa, item, "It is an onion", "paper") and not right(triviaqa, item, "x  y z", "standard")
+    assert triviaqa.prompt(USA, [item], "standard").startswith("Question: Who??\nAnswer: Allium cepa\n\n")
+    assert "The answer is Onion\n\n" in triviaqa.prompt(USA, [item], "paper")
+    assert triviaqa.judge(item, "", "standard")["gold"] == ["Allium cepa", "x - y", "p  q "]
+    assert triviaqa.judge(item, "", "paper")["gold"] == ["Onion", "Allium cepa", "x - y", "p  q "]
+
+
 # --- scores --------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +199,7 @@ def test_triviaqa_gold_texts_score_100(items, protocol, data):
     golds = [data.draw(st.sampled_from(item.aliases)) for item in items]
     if protocol == "standard":  # its stops end an alias at the first full stop or comma
         golds = [re.sub("[.,]", "", text) for text in golds]
-        assume(all(plain_words(text, articles=True) for text in golds))
+        assume(all(map(without_punctuation, golds)))
         assume(all(text == text.strip() for text in golds))
         items = [trivia_item(*item.aliases, text, id=item.id) for item, text in zip(items, golds, strict=True)]
     texts = {item.id: f" {text}\nQ: x" for item, text in zip(items, golds, strict=True)}
