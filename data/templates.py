@@ -105,7 +105,7 @@ def resolve_template(name: str, tokenizer: TextTokenizer) -> Template:
     if name == "auto" and tokenizer.chat_template is not None:
         if not isinstance(tokenizer.chat_template, str):
             names = ", ".join(tokenizer.chat_template)
-            raise ValueError(f"the tokenizer has the chat templates {names} but no 'default'; name another --template")
+            raise ValueError(f"the tokenizer's chat_template has {names} but no 'default'; name another --template")
         chat = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
         return Template(functools.partial(encode_chats, chat, tokenizer), end_of_chats(chat, tokenizer), None)
     name = "default" if name == "auto" else name

@@ -103,7 +103,7 @@ def test_generation_blocks_that_are_not_one_for_each_answer_are_refused():
 def test_named_templates_without_a_default_are_refused(tmp_path):
     named = [{"name": "tool_use", "template": "x"}, {"name": "rag", "template": "y"}]
     tokenizer = TextTokenizer.from_pretrained(folder_with(tmp_path, tokenizer_config=NAMED | {"chat_template": named}))
-    with pytest.raises(ValueError, match="has the chat templates tool_use, rag but no 'default'; name another --templ"):
+    with pytest.raises(ValueError, match="chat_template has tool_use, rag but no 'default'; name another --templ"):
         resolve_template("auto", tokenizer)
     assert resolve_template("default", tokenizer).end_id == EOS
 

@@ -407,7 +407,6 @@ OTHER_TEMPLATES = st.builds(lambda template: {**TOKENIZER_CONFIG, "chat_template
 
 
 @given(st.one_of(files(TOKENIZER_CONFIG, TOKENIZER_CONFIG_KEYS), OTHER_TEMPLATES.map(text_of)))
-@pytest.mark.xfail(strict=False, reason="data/tokenizer.py and data/sft.py still end in tracebacks")
 @MANY
 def test_a_changed_tokenizer_config_loads_or_is_refused(changed_file):
     names = ("tokenizer_config.json", "chat_template", "bos_token", "eos_token", "rows.json")
@@ -416,7 +415,6 @@ def test_a_changed_tokenizer_config_loads_or_is_refused(changed_file):
 
 
 @given(files(TOKENIZER))
-@pytest.mark.xfail(strict=False, reason="data/tokenizer.py and data/sft.py still end in tracebacks")
 @MANY
 def test_a_changed_tokenizer_loads_or_is_refused(changed_file):
     names = ("tokenizer.json", "rows.json")
