@@ -14,10 +14,12 @@ from training.ranks import Ranks
 from training.shard import shard
 
 FULL, LORA = ["--lora-rank", "0"], ["--lora-rank", "4"]
+# 9 of 16 samples are kept, scored and trained, each in a pass of its own.
+ODD = ["--sample-pruner", "random", "--prune-batch", "16", "--sample-keep-ratio", "0.57", "--pass-tokens", "1"]
 KINDS = {  # flags, and the numbers of ranks that are tried by default
     "full": (FULL, (1, 2, 4)),
     "lora": (LORA, (2,)),
-    "full, checkpointing, many passes": ([*FULL, "--activation-checkpointing", "--pass-tokens", "60"], (2,)),
+    "full, checkpointing, an odd number of passes": ([*FULL, "--activation-checkpointing", *ODD], (2,)),
     "lora, drop, reused scores": (
         [*LORA, "--token-pruning", "drop", "--reuse-scores", "2", "--pass-tokens", "60"],
         (4,),
@@ -62,7 +64,7 @@ def test_a_sharded_run_is_that_of_ddp(checkpoint, rows, tmp_path, flags, world):
     parts = run(checkpoint, rows, tmp_path / "parts", world, *flags, "--shard")
     assert selection(tmp_path / "parts") == selection(tmp_path / "whole")
     fp32 = "bf16" not in flags
-    for key, close in (("loss", 1e-6 if fp32 else 1e-3), ("grad_norm", 1e-5 if fp32 else 1e-2)):
+    for key, close in (("loss", 1e-6 if fp32 else 1e-3), ("grad_norm", 1e-4 if fp32 else 1e-2)):
         assert [m[key] for m in parts] == pytest.approx([m[key] for m in whole], rel=close)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if fp32 else {"rtol": 1e-2, "atol": 1e-2}
     assert_close(saved(tmp_path / "parts"), saved(tmp_path / "whole"), **tolerance)
