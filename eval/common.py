@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -30,7 +29,7 @@ from eval.statistics import in_words, measure
 from model import Transformer
 from training.files import check_writable, write_json
 from training.lora import load_adapter
-from training.ranks import Ranks, chosen_device
+from training.ranks import Ranks, chosen_device, errors_in_one_line
 from training.run_folder import code_version, device_name
 
 PROTOCOL_NAMES = ("paper", "standard")
@@ -125,27 +124,6 @@ def not_negative(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return value
-
-
-@contextlib.contextmanager
-def errors_in_one_line(prog: str) -> Iterator[None]:
-    """Turn an error that the user can correct into `<prog>: <message>` on stderr and exit status 2; others pass.
-
-    Every rank raises the same error (see `over_ranks`), and rank 0 prints it.
-    """
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:  # a RuntimeError, but smaller batches avoid it
-        message = f"out of GPU memory, try smaller batches: {error}"
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-    except ValueError as error:
-        message = str(error)
-    else:
-        return
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def load(args: argparse.Namespace) -> tuple[Transformer, TextTokenizer]:

@@ -89,9 +89,13 @@ def errors_in_one_line(prog: str) -> Iterator[None]:
         yield
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if fails_first():
-            message = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
+            message = str(error)
+            if isinstance(error, torch.OutOfMemoryError):  # train.py says more: see training/memory.py
+                message = f"out of GPU memory, try smaller batches: {message}"
+            elif isinstance(error, OSError) and error.filename and error.strerror:
+                message = f"{error.filename}: {error.strerror}"
             rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-            print(f"{prog}: {rank}{message}", file=sys.stderr, flush=True)
+            print(f"{prog}: {rank}{' '.join(message.split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except RuntimeError:  # among others from a collective that another rank has left
         if fails_first():
