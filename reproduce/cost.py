@@ -1,25 +1,29 @@
 """Estimated cost of a run of the paper's preset: memory of one device, hours of all devices. For --dry-run.
 
-Memory is the formula of reproduce/memory.py at the run's --pass-tokens. Hours are the FLOPs of
-reproduce/efficiency.py over the devices' PEAK, of which the share UTILISATION is assumed; scoring the run on its tests
-comes on top. The rows' file gives a token for every 4 bytes; TOKENS_OF_ROWS is used where the file is missing.
+Memory is the formula of training/memory.py at the run's --pass-tokens, by default as many as fit a GPU of GPU_BYTES.
+Hours are the FLOPs of reproduce/efficiency.py over the devices' PEAK, of which the share UTILISATION is assumed;
+scoring the run on its tests comes on top. The rows' file gives a token for every 4 bytes; TOKENS_OF_ROWS is used where
+the file is missing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
 from pruners import COMPUTED, SAMPLE_PRUNERS, TOKEN_PRUNERS, keep_all
 from reproduce.efficiency import flops
 from reproduce.experiments import HERMES, MATH, WIZARD
-from reproduce.memory import MODELS, peak_bytes
+from reproduce.memory import MODELS
 from reproduce.presets import Preset
 from reproduce.runs import Run, config_of
 from train import Config
+from training.memory import fitting_tokens, mode_of, peak_bytes
 from training.scoring import Need
 
 PEAK, UTILISATION = 312e12, 0.35  # FLOP/s of an A100 in bf16, and the share that a run reaches
+GPU_BYTES = 80 * 2**30
 TOKENS_OF_ROWS = {WIZARD: 70_000 * 450, MATH: 262_000 * 220, HERMES: 1_001_000 * 380}
 ANSWER_SHARE = 0.75  # of a row's tokens
 
@@ -31,8 +35,7 @@ def estimate(preset: Preset, run: Run) -> tuple[float, float]:
     scored, trained, in_loss = (share * tokens for share in shares(config))
     tune, again = "lora" if config.lora_rank else "full", config.activation_checkpointing
     work = work_of(run.model, scored, trained, in_loss * ANSWER_SHARE, tune, again)
-    mode = tune + (", checkpointing" if again else "")
-    memory = memory_of(run.model, config.pass_tokens or 16_384, mode, config.lora_rank)
+    memory = memory_of(run.model, dataclasses.replace(config, dtype="bf16"), preset.devices)
     return memory / 2**30, work / (PEAK * UTILISATION * preset.devices) / 3600
 
 
@@ -67,5 +70,6 @@ def work_of(model: str, scored: float, trained: float, in_loss: float, tune: str
 
 
 @functools.cache
-def memory_of(model: str, tokens: int, mode: str, lora_rank: int) -> int:
-    return max(peak_bytes(MODELS[model], tokens, which, lora_rank) for which in (mode, "score"))
+def memory_of(model: str, config: Config, devices: int) -> int:
+    tokens = config.pass_tokens or fitting_tokens(config, MODELS[model], devices, GPU_BYTES)
+    return peak_bytes(MODELS[model], tokens, mode_of(config), config.lora_rank, ranks=devices, shard=config.shard)

@@ -33,6 +33,7 @@ from reproduce.experiments import Experiment, Flags, rows
 from reproduce.presets import Preset, rows_of
 from reproduce.quickstart import machine
 from training.files import read_json, read_jsonl, write_json, write_text
+from training.memory import MOST_TOKENS
 
 EVAL_EVERY = 25  # steps between scores of the held-out rows
 ELSEWHERE = ("model", "data", "out", "scores", "resume", "eval_every", "eval_sets", "eval_limit")
@@ -285,7 +286,7 @@ def untrained(preset: Preset, run: Run) -> dict:
     model = Transformer.from_pretrained(folder, dtype=dtype, device=config.device)
     tokenizer = TextTokenizer.from_pretrained(folder)
     samples, _ = load_samples(preset.heldout, tokenizer, config.template, config.max_length)
-    found = rows_scores(model, samples, config.pass_tokens, nullcontext())
+    found = rows_scores(model, samples, config.pass_tokens or MOST_TOKENS, nullcontext())
     return {"held": {"step": [0], **{name: [round(found[name], 5)] for name in HELDOUT}}}
 
 

@@ -9,19 +9,16 @@ from forked import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 
 import train
 from data.sft import Sample
 from model import ModelConfig, Transformer
+from reproduce.bench import allocated_peak
 from training import memory, packing, ranks
 from training.head import HeadLoss, TokenLoss, add_matmul
 from training.lora import add_lora
 from training.packing import pack
 from training.scoring import score
-
-FAMILIES = {"llama": {}, "mistral": {"model_type": "mistral"}, "qwen2": {"model_type": "qwen2"}}
-FAMILIES["qwen3"] = {"model_type": "qwen3", "head_dim": 10}
 
 
 def config(**changes):
@@ -42,54 +39,7 @@ def autocast(bf16):
     return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
 
 
-def allocated_peak(work):
-    """The most bytes that torch's CPU allocator had given out at once while `work` ran, beyond those before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
 # ---------------------------------------------------------------------------------------- the formula
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_layers_keep_exactly_the_bytes_of_the_formula(family, rank, bf16, checkpointing):
-    net, kept = network(config(**FAMILIES[family]), rank, bf16), {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = tensor  # held, so that no other tensor takes its place
-        return tensor
-
-    tokens, loss = 11, TokenLoss(net, checkpointing)
-    real, hidden = HeadLoss.apply, []
-    HeadLoss.apply = lambda *args: hidden.append(args[0]) or (args[0].sum(), args[0])
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(bf16):
-            net_hidden = loss.model.hidden_states
-            loss.model.hidden_states = lambda *args: _stop_counting(net_hidden(*args), kept)
-            loss(torch.arange(tokens)[None], torch.arange(tokens), [tokens])
-    finally:
-        HeadLoss.apply = real
-    expected = memory.activation_bytes(net.config, tokens, rank, bf16, checkpointing)
-    if checkpointing:  # the formula's one whole layer is there on the way back alone
-        expected -= memory.layer_bytes(net.config, tokens, rank, bf16)
-    assert kept["bytes"] == expected
-
-
-def _stop_counting(hidden, kept):
-    kept["bytes"] = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return hidden
 
 
 def steps(cfg, mode, bf16, tokens, wrap=lambda loss: loss):
