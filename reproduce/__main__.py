@@ -7,7 +7,8 @@
     python -m reproduce compare --model DIR --data FILE            methods on rows of your own: reproduce/compare.py
     python -m reproduce gpu --out gpu.json                         ten minutes of checks on a GPU: reproduce/gpu.py
 
-A finished run is not made again, whichever table it was made for; an interrupted one continues. The presets tiny and
+A run that has finished or that the result file holds is not made again, whichever table it was made for; an interrupted
+one continues. The presets tiny and
 small make several runs at a time, one thread each; paper gives all devices to one run after another. Results go into
 reproduce/results/PRESET.json, and `python -m reproduce.report` makes a page of them.
 """
@@ -187,7 +188,9 @@ def run(preset: Preset, names: list[str], args: argparse.Namespace, root: Path, 
             efficiency.main(argv)
     names = [name for name in names if name != "table6"]
     every = plan(preset, names, args.seeds)
-    todo = [run for run in every if not (root / running.key(preset, run) / "summary.json").exists()]
+    made = {run.get("key") for run in read_json(out)["runs"]} if out.exists() else set()
+    made |= {path.parent.name for path in root.glob("*/summary.json")}
+    todo = [run for run in every if running.key(preset, run) not in made]
     if args.dry_run:
         show(preset, todo, root)
         return []

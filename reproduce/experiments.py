@@ -134,6 +134,42 @@ CHOICES = {  # the default, and what other settings of ours give
 }
 
 
+# Beyond the paper: what pruning pays, at which rate, and with how much noise among the rows.
+BARRED = ("--backfill-quadrants", "0,2,3,4")  # what is backfilled never comes from Q1 first
+METHODS = {  # name -> flags at a budget
+    "random": lambda budget, *more: row("Random", "Random", budget, *more),
+    "entropy": lambda budget, *more: row("Entropy", "Random", budget, *more),
+    "as printed": qtuning,
+    "Q1 barred": lambda budget, *more: qtuning(budget, *BARRED, *more),
+}
+RATES = (1 / 3, 1.0, 3.0)  # factors of the preset's learning rate
+FULL_DATA = row("Random", "Random", "100x100")
+WHOLE, TRIMMED = ("12.5x100", "25x100", "50x100"), ("12.5x50", "25x50", "50x50")
+NOISE_SHARES = ("0", "0.15", "0.3", "0.45", "0.6")
+NOISE_KINDS = ("wrong", "swapped", "garbled", "gibberish", "truncated")
+NOISY = tuple(f"noise-all-{share}" for share in NOISE_SHARES if share != "0.3")  # 0.3: the embedded rows themselves
+NOISY += tuple(f"noise-{kind}-0.3" for kind in NOISE_KINDS)
+
+BEYOND = ("spread", "rates", *NOISY)  # experiments of the embedded default alone
+
+
+def at_rate(flags: Flags, factor: float) -> Flags:
+    return flags if factor == 1 else (*flags, "--lr", factor)
+
+
+def at_budgets(budgets: tuple[str, ...], rates: tuple[float, ...] = (1.0,)) -> Sections:
+    """Rows of every method at each budget and rate; `entropy` has no token pruner and is left out of trimmed ones."""
+    found = {"": {f"full data, rate x{factor:.3g}": at_rate(FULL_DATA, factor) for factor in rates}}
+    for budget in budgets:
+        found[budget] = {
+            f"{name}, rate x{factor:.3g}": at_rate(method(budget), factor)
+            for name, method in METHODS.items()
+            if name != "entropy" or budget.endswith("x100")
+            for factor in rates
+        }
+    return found
+
+
 @dataclass(frozen=True)
 class Experiment:
     title: str
@@ -147,6 +183,7 @@ TWO, THREE = ("LLaMA2-7B", "Mistral-7B"), ("LLaMA3-8B", "Mistral-7B", "SmolLM2-1
 WIZARD, MATH, HERMES, SMALL = "WizardLM", "MathInstruct", "OpenHermes", "smollm2"
 BUDGETS = ("12.5x50", "12.5x70", "25x50", "25x70", "50x50", "50x70")
 MISTRAL, QWEN = ("Mistral-7B",), ("Qwen3-8B",)
+EMBEDDED = "embedded"
 
 EXPERIMENTS = {
     "table1": Experiment("Pairs of pruners, WizardLM", TWO, WIZARD, ENDS | pairs(BUDGETS[0]), "1"),
@@ -241,6 +278,13 @@ EXPERIMENTS = {
             for budget in ("12.5x50", "25x50")
         },
     ),
+    "spread": Experiment(
+        "Noise between seeds", (EMBEDDED,), WIZARD, {"12.5x50": {"random": METHODS["random"]("12.5x50")}}
+    ),
+    "rates": Experiment(
+        "Every method at three learning rates", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, *TRIMMED), RATES)
+    ),
+    **{name: Experiment(f"Rows of {name}", (EMBEDDED,), name, at_budgets(WHOLE[:2])) for name in NOISY},
     "pairings": Experiment(
         "Every sample pruner with every token pruner",
         ("LLaMA2-7B",),

@@ -1,7 +1,8 @@
 """Three scales of the experiments: the checkpoints, rows, settings and tests behind the names of experiments.py.
 
-tiny   the embedded default, one epoch of it, on a CPU. Every model is the embedded one, its word problems replace
-       MathInstruct, and the sizes of Figure 4 are base models of 1, 2 and 4 layers.
+tiny   the embedded default on a CPU. Every model is the embedded one, its word problems replace MathInstruct, and the
+       sizes of Figure 4 are base models of 1, 2 and 4 layers. Rows named noise-KINDS-SHARE are the embedded rows with
+       that share of noise.
 small  SmolLM2-135M on 1,280 real rows, some hours on a CPU: the experiment `smollm2`. It reads Alpaca's rows from
        data/alpaca.json.
 paper  the paper's models, data and settings on 8 GPUs of 80 GiB. train.py's defaults are the paper's settings.
@@ -22,8 +23,8 @@ from pathlib import Path
 import train
 from data.sft import read_rows
 from eval.gsm8k import ANNOTATION
-from reproduce.experiments import EXPERIMENTS, HERMES, MATH, SMALL, WIZARD
-from reproduce.quickstart import TINY, heldout_rows
+from reproduce.experiments import BEYOND, EXPERIMENTS, HERMES, MATH, NOISY, SMALL, WIZARD
+from reproduce.quickstart import GROUPS, TINY
 from training.files import write_json
 
 Test = tuple[str, tuple[str, ...]]  # a module of eval/, and its flags
@@ -39,6 +40,8 @@ class Preset:
         settings:     flags of train.py for every run.
         lr:           the learning rate of `settings`, for the factors in experiments.py.
         heldout:      rows whose loss, perplexity and entropy are logged during training.
+        valid:        rows whose loss chooses a learning rate; None: rates are not compared.
+        groups:       beginnings of item ids whose scores are reported over all tests together.
         targets:      LESS: files of rows of the target tasks.
         make_files:   (preset, names of models) -> None: writes the files above that have to be made for runs of these
             models.
@@ -57,6 +60,8 @@ class Preset:
     targets: tuple[Path, ...]
     experiments: tuple[str, ...]
     make_files: Callable[[Preset, set[str]], None]
+    valid: Path | None = None
+    groups: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     templates: dict[str, str] = field(default_factory=dict)
     devices: int = 0
@@ -81,12 +86,13 @@ def rows_of(path: Path) -> list[dict]:
 PAPER_MODELS = ("LLaMA2-7B", "Mistral-7B", "LLaMA3-8B", "SmolLM2-1.7B", "Qwen3-8B")
 TINY_TESTS = {
     "arc": ("eval.arc", ("--data", str(TINY / "arc_test.jsonl"))),
-    "gsm8k": ("eval.gsm8k", ("--data", str(TINY / "gsm8k_test.jsonl"), "--max-new-tokens", "96")),
+    "gsm8k": ("eval.gsm8k", ("--data", str(TINY / "gsm8k_test.jsonl"), "--max-new-tokens", "128")),
 }
 
 
 def tiny(runs: Path) -> Preset:
     rows = Path(train.TINY["data"])
+    noisy = {name: runs / name / "sft.json" for name in NOISY}
     return Preset(
         name="tiny",
         models={
@@ -94,11 +100,17 @@ def tiny(runs: Path) -> Preset:
             **{f"{layers}-layer": runs / f"{layers}-layer" / "base" for layers in (1, 2)},
         },
         sizes=("1-layer", "2-layer", "4-layer"),
-        data={WIZARD: rows, HERMES: rows, MATH: runs / "word-problems.json"},
-        tests={WIZARD: TINY_TESTS, HERMES: TINY_TESTS, MATH: {"gsm8k": TINY_TESTS["gsm8k"]}},
-        settings=("--lora-rank", "0", "--lr", str(train.TINY["lr"]), "--max-length", "512", "--epochs", "1"),
+        data={WIZARD: rows, HERMES: rows, MATH: runs / "word-problems.json", **noisy},
+        tests={**dict.fromkeys((WIZARD, HERMES, *noisy), TINY_TESTS), MATH: {"gsm8k": TINY_TESTS["gsm8k"]}},
+        settings=tuple(
+            word
+            for key in ("lora_rank", "lr", "max_length", "epochs", "grad_accum")
+            for word in ("--" + key.replace("_", "-"), str(train.TINY[key]))
+        ),
         lr=train.TINY["lr"],
-        heldout=runs / "heldout.json",
+        heldout=TINY / "heldout_test.json",
+        valid=TINY / "heldout_valid.json",
+        groups=GROUPS,
         targets=(runs / "target-problems.json", runs / "target-facts.json"),
         experiments=tuple(name for name in EXPERIMENTS if name != SMALL),
         make_files=make_tiny_files,
@@ -107,19 +119,25 @@ def tiny(runs: Path) -> Preset:
 
 
 def make_tiny_files(preset: Preset, needed: set[str]) -> None:
-    """The word problems; 50 questions of each test with their answers; 8 correct rows of each sort as LESS's targets;
-    the smaller base models, which train on the same world (ten minutes each)."""
+    """The word problems; 8 correct rows of each sort as LESS's targets; rows with other shares of noise; the smaller
+    base models, which train on the same world (ten minutes each)."""
     rows = rows_of(preset.data[WIZARD])
     write_json(preset.data[MATH], [row for row in rows if row["input"]])
-    write_json(preset.heldout, heldout_rows()[::6])
     correct = [row for row in random.Random(1).sample(rows, len(rows)) if row["kind"] == "clean"]
     write_json(preset.targets[0], [row for row in correct if row["input"]][:8])
     write_json(preset.targets[1], [row for row in correct if not row["input"]][:8])
+    for name in NOISY:
+        _, kinds, share = name.split("-")
+        given = [] if kinds == "all" else ["--noise-kinds", kinds]
+        make_tiny("--rows-only", "--noise", share, *given, "--out", str(preset.data[name].parent))
     for name in needed & set(preset.sizes):
         base = preset.models[name]
         if not base.exists():
-            layers = ["--layers", name[0]]
-            subprocess.run([sys.executable, str(TINY / "make.py"), "--out", str(base.parent), *layers], check=True)
+            make_tiny("--layers", name[0], "--out", str(base.parent))
+
+
+def make_tiny(*flags: str) -> None:
+    subprocess.run([sys.executable, str(TINY / "make.py"), *flags], check=True, stdout=subprocess.DEVNULL)
 
 
 # ------------------------------------------------------------------------------------- small and paper
@@ -206,7 +224,7 @@ def paper(runs: Path) -> Preset:
         lr=1e-4,
         heldout=runs / "heldout.json",
         targets=(runs / "targets.json",),
-        experiments=tuple(name for name in EXPERIMENTS if name not in (SMALL, "choices", "pairings")),
+        experiments=tuple(name for name in EXPERIMENTS if name not in (SMALL, "choices", "pairings", *BEYOND)),
         make_files=make_paper_files,
         devices=8,
     )

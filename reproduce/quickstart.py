@@ -25,6 +25,7 @@ from training.files import read_json, read_jsonl, write_json, write_text
 from training.scoring import score
 
 TINY = Path(train.TINY["data"]).parent
+GROUPS = ("learned", "corrected", "retained")  # of test items, by the beginning of their ids
 KINDS = ("clean", "padded", "misconception", "known", "wrong")  # the kinds of rows that data/tiny/make.py plants
 
 

@@ -251,11 +251,17 @@ def make(preset: Preset, run: Run, root: Path, main: Callable[[list[str]], None]
         for task, command in scored.items():
             if not (folder / f"{task}.json").exists():
                 execute(preset, command, folder / "log.txt")
-        found = {**dataclasses.asdict(run), "scores": {}, "n": {}}
-        for task in scored:
-            result = read_json(folder / f"{task}.json")
-            found["scores"][task], found["n"][task] = round(result["score"], 4), result["n"]
-        found |= trained(folder) if run.flags is not None else untrained(preset, run)
+        found = {"key": key(preset, run), **dataclasses.asdict(run), "scores": {}, "n": {}}
+        results = {task: read_json(folder / f"{task}.json") for task in scored}
+        for name, (score, n) in scores(results, preset.groups).items():
+            found["scores"][name], found["n"][name] = score, n
+        found |= trained(folder) if run.flags is not None else {}
+        if run.flags is None:  # step 0 of every run's curve
+            before = rows_measures(preset, run, preset.models[run.model], preset.heldout)
+            found["held"] = {"step": [0], **{name: [before[name]] for name in HELDOUT}}
+        if preset.valid:
+            tuned = preset.models[run.model] if run.flags is None else folder / "model"
+            found["valid"] = rows_measures(preset, run, tuned, preset.valid)["rows_nll"]
         write_json(done, found)
         for name in ("checkpoint", *(() if preset.keep_weights else ("model",))):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -278,16 +284,31 @@ def trained(folder: Path) -> dict:
     }
 
 
-def untrained(preset: Preset, run: Run) -> dict:
-    """The untuned model's measures of the held-out rows: step 0 of every run's curve."""
-    folder = preset.models[run.model]
-    config = train.resolve(config_of(preset, dataclasses.replace(run, flags=())))
+def scores(results: dict[str, dict], groups: Sequence[str]) -> dict[str, tuple[float, int]]:
+    """(score in percent, number of items) of each task, and of each group over all tasks.
+
+    Args:
+        results: task -> result file of eval/. An item belongs to the group that its id begins with.
+    """
+    found = {task: (round(result["score"], 4), result["n"]) for task, result in results.items()}
+    items = [item for result in results.values() for item in result["items"]]
+    for group in groups:
+        correct = [item["correct"] for item in items if item["id"].startswith(f"{group}-")]
+        if correct:
+            found[group] = (round(100 * sum(correct) / len(correct), 4), len(correct))
+    return found
+
+
+def rows_measures(preset: Preset, run: Run, folder: Path, rows: Path) -> dict[str, float]:
+    """The loss, perplexity and entropy of a model in `folder` on held-out rows, in the run's template and dtype."""
+    flags = run.flags if run.flags is not None else ()
+    config = train.resolve(config_of(preset, dataclasses.replace(run, flags=flags)))
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     model = Transformer.from_pretrained(folder, dtype=dtype, device=config.device)
     tokenizer = TextTokenizer.from_pretrained(folder)
-    samples, _ = load_samples(preset.heldout, tokenizer, config.template, config.max_length)
+    samples, _ = load_samples(rows, tokenizer, config.template, config.max_length)
     found = rows_scores(model, samples, config.pass_tokens or MOST_TOKENS, nullcontext())
-    return {"held": {"step": [0], **{name: [round(found[name], 5)] for name in HELDOUT}}}
+    return {name: round(found[name], 5) for name in HELDOUT}
 
 
 def write_by_line(path: Path, results: dict, name: str) -> None:

@@ -1,26 +1,40 @@
-"""Builds the embedded default from one seed, without any download: a made-up world, and from it
-a base model, SFT rows of known quality and two held-out tests.
+"""Builds the embedded default from one seed, without any download: a made-up world, a base model that knows part of
+it, SFT rows of known quality, and items and rows that are held out.
 
-    python data/tiny/make.py [--out DIR] [--seed 0] [--steps N] [--layers 4]        (from anywhere)
+    python data/tiny/make.py [--out DIR] [--seed 0] [--noise 0.3] [--noise-kinds wrong,...] [--rows-only]
+                             [--steps N] [--layers 4]                               (from anywhere)
 
-writes DIR/base/ (a LLaMA-architecture model in Hugging Face layout), DIR/sft.json (Alpaca rows),
-DIR/gsm8k_test.jsonl (GSM8K's form) and DIR/arc_test.jsonl (AI2's ARC form); DIR is this file's folder
-unless given. Rows and tests are a pure function of the seed; so is the model, up to float rounding.
-It takes about ten minutes on two free cores.
+writes into DIR (default: this file's folder)
+    base/                                     a LLaMA-architecture model in Hugging Face layout
+    sft.json                                  SFT rows in Alpaca form
+    arc_test.jsonl                            questions about facts in AI2's ARC form
+    gsm8k_test.jsonl                          word problems in GSM8K's form
+    heldout_{test,valid}.json                 clean rows that no run trains on
 
-What is planted, and where the base meets it:
+Rows and items are a pure function of the seed; so is the model, up to float rounding. Rows take seconds, the base
+about fifteen minutes on two free cores. `--rows-only` leaves the base out.
 
-    fact        in pre-training           in sft.json                       ids in arc_test.jsonl
-    common      often, true               `known` rows                      known
-    rare        seldom, true              `clean` and `padded` rows         taught
-    false       often, a falsehood        `misconception` rows: the truth   corrected
-    rare/false  as above                  no row but wrong ones             untaught
-    any         as above                  `wrong` rows: a wrong answer      as above
+The ids of the items begin with what the base and the rows say about them:
 
-Word problems: the base has often seen one-step problems worked out (`known`), seldom so those of two and
-three steps (`clean`, `padded`), and units of measure only at a false size (`misconception`).
-`kind` and `boilerplate` (the exact sentences that pad an answer) are for reports; training never reads them.
+    group        facts in pre-training    word problems in pre-training     sft.json
+    learned      seldom, true             two and three steps, seldom       `clean` and `padded` rows teach them
+    corrected    often, a falsehood       units, at a false size            `corrected` rows say the truth
+    retained     often, true              one step, often                   no row has the facts; `redundant` rows have
+                                                                            one-step problems with other numbers
+
+Every row has keys that training never reads. kind: clean, redundant, corrected, padded, or a kind of noise. was: the
+kind before it was made noise. form: fact, description or problem. level: easy or hard. boilerplate: the sentences that
+pad the answer. The noise share changes which rows are spoilt and nothing else: rows that are noise at 30 % are noise
+at 60 % too.
+
+    wrong        fluent, with another value or a slip in the last step
+    swapped      the answer of another row
+    garbled      the answer's words in random order
+    gibberish    random letters in words of the same lengths
+    truncated    the first fifth to three fifths of the words
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -30,6 +44,8 @@ import random
 import shutil
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +56,28 @@ from tqdm import tqdm
 
 if __name__ == "__main__":  # the repository root, wherever this is run from
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.tiny.wording import (
+    ANSWER_ENDS,
+    ANSWER_LEADS,
+    ASIDES,
+    CHECK_LEADS,
+    CHECKS,
+    CLOSERS,
+    DESCRIBE,
+    DETAILS,
+    LISTS,
+    NUMBER_WORDS,
+    OPENERS,
+    PROBLEM_LEADS,
+    PROBLEMS,
+    PRONOUNS,
+    RELATIONS,
+    STEP_BY_STEP,
+    say,
+)
 from model import ModelConfig, Transformer
 
 HERE = Path(__file__).resolve().parent
-
-
-def words(text: str) -> list[str]:
-    return text.split()
 
 
 def rng_for(seed: int, purpose: str) -> random.Random:
@@ -54,195 +85,22 @@ def rng_for(seed: int, purpose: str) -> random.Random:
     return random.Random(f"{seed}/{purpose}")
 
 
-# -------------------------------------------------------------------------------------------- world
+def sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
-NUM_NAMES = {"person": 120, "city": 36, "land": 8, "thing": 40, "coin": 12}
-WORDS = {
-    "job": words(
-        "baker smith weaver sailor farmer painter teacher hunter potter miller tailor doctor judge guard singer mason"
-    ),
-    "animal": words("goat dog cat horse parrot rabbit goose snake turtle donkey hen fox crow frog"),
-    "instrument": words("flute drum harp fiddle horn lute bell pipe guitar organ"),
-    "material": words("copper wood glass clay silver wool stone paper bone leather iron wax"),
-    "colour": words("red blue green yellow black white brown grey purple orange"),
-    "goods": words("salt honey cheese silk wine pepper bread rope tea soap oil fish"),
+
+# ------------------------------------------------------------------------------------------------ facts
+
+NUM_NAMES = {"person": 260, "thing": 72, "city": 39, "land": 8, "coin": 12}
+ENDINGS = {
+    "person": ("an", "ek", "ia", "o", "us"),
+    "thing": ("ip", "og", "uk"),
+    "city": ("burg", "ford", "dal", "ton"),
+    "land": ("land", "mark"),
+    "coin": ("et", "ing"),
 }
-
-
-@dataclass(frozen=True)
-class Relation:
-    """How a kind of fact is said and asked. {s} is the subject, {v} the value."""
-
-    subject: str  # what s is, a key of NUM_NAMES
-    value: str  # what v is, a key of NUM_NAMES or WORDS
-    statements: tuple[str, ...]
-    questions: tuple[tuple[str, str], ...]  # (question, form of its answer); SFT rows ask these
-    test_question: str  # ARC items ask this; no SFT row does
-
-
-RELATIONS = {
-    "born": Relation(
-        "person",
-        "city",
-        ("{s} was born in {v}.", "{s} comes from {v}.", "The home town of {s} is {v}.", "{s} grew up in {v}."),
-        (
-            ("Where was {s} born?", "{s} was born in {v}."),
-            ("Name the home town of {s}.", "{v}"),
-            ("Where does {s} come from?", "{s} comes from {v}."),
-            ("Which city did {s} grow up in?", "{v}"),
-        ),
-        "In which city was {s} born?",
-    ),
-    "job": Relation(
-        "person",
-        "job",
-        ("{s} works as a {v}.", "{s} is a {v}.", "The job of {s} is {v}.", "{s} earns money as a {v}."),
-        (
-            ("What does {s} do for a living?", "{s} works as a {v}."),
-            ("Name the job of {s}.", "{v}"),
-            ("How does {s} earn money?", "{s} earns money as a {v}."),
-            ("What is the work of {s}?", "{v}"),
-        ),
-        "What is the job of {s}?",
-    ),
-    "pet": Relation(
-        "person",
-        "animal",
-        ("{s} keeps a {v}.", "The pet of {s} is a {v}.", "{s} has a {v} at home.", "{s} feeds a {v} every day."),
-        (
-            ("Which pet does {s} keep?", "{s} keeps a {v}."),
-            ("Name the pet of {s}.", "{v}"),
-            ("Who lives with {s}?", "{s} has a {v} at home."),
-            ("What animal does {s} feed?", "{v}"),
-        ),
-        "Which animal does {s} have?",
-    ),
-    "plays": Relation(
-        "person",
-        "instrument",
-        (
-            "{s} plays the {v}.",
-            "{s} learned the {v} as a child.",
-            "The instrument of {s} is the {v}.",
-            "{s} owns an old {v}.",
-        ),
-        (
-            ("Which instrument does {s} play?", "{s} plays the {v}."),
-            ("Name the instrument of {s}.", "{v}"),
-            ("What did {s} learn as a child?", "{s} learned the {v} as a child."),
-            ("What old thing does {s} own?", "{v}"),
-        ),
-        "What does {s} play?",
-    ),
-    "material": Relation(
-        "thing",
-        "material",
-        (
-            "A {s} is made of {v}.",
-            "Every {s} consists of {v}.",
-            "People make a {s} from {v}.",
-            "The stuff of a {s} is {v}.",
-        ),
-        (
-            ("What is a {s} made of?", "A {s} is made of {v}."),
-            ("Name the stuff of a {s}.", "{v}"),
-            ("How do people make a {s}?", "People make a {s} from {v}."),
-            ("What does a {s} consist of?", "{v}"),
-        ),
-        "Which material is a {s} made of?",
-    ),
-    "colour": Relation(
-        "thing",
-        "colour",
-        ("A {s} is {v}.", "The colour of a {s} is {v}.", "Every {s} looks {v}.", "People paint a {s} {v}."),
-        (
-            ("What colour is a {s}?", "A {s} is {v}."),
-            ("Name the colour of a {s}.", "{v}"),
-            ("How does a {s} look?", "Every {s} looks {v}."),
-            ("How do people paint a {s}?", "{v}"),
-        ),
-        "Which colour does a {s} have?",
-    ),
-    "sold": Relation(
-        "thing",
-        "city",
-        (
-            "A {s} is sold in {v}.",
-            "The market for a {s} is in {v}.",
-            "People buy a {s} in {v}.",
-            "Every {s} comes from {v}.",
-        ),
-        (
-            ("Where is a {s} sold?", "A {s} is sold in {v}."),
-            ("Name the market for a {s}.", "{v}"),
-            ("Where do people buy a {s}?", "People buy a {s} in {v}."),
-            ("Where does a {s} come from?", "{v}"),
-        ),
-        "In which city is a {s} sold?",
-    ),
-    "lies": Relation(
-        "city",
-        "land",
-        ("{s} lies in {v}.", "{s} is a city in {v}.", "The land around {s} is {v}.", "{s} belongs to {v}."),
-        (
-            ("Where does {s} lie?", "{s} lies in {v}."),
-            ("Name the land around {s}.", "{v}"),
-            ("To whom does {s} belong?", "{s} belongs to {v}."),
-            ("Where is the city of {s}?", "{v}"),
-        ),
-        "In which land does {s} lie?",
-    ),
-    "goods": Relation(
-        "city",
-        "goods",
-        ("{s} is known for {v}.", "{s} sells {v}.", "The best {v} is from {s}.", "People visit {s} for {v}."),
-        (
-            ("What is {s} known for?", "{s} is known for {v}."),
-            ("Name the goods of {s}.", "{v}"),
-            ("Why do people visit {s}?", "People visit {s} for {v}."),
-            ("What does {s} sell?", "{v}"),
-        ),
-        "Which goods is {s} known for?",
-    ),
-    "capital": Relation(
-        "land",
-        "city",
-        (
-            "The capital of {s} is {v}.",
-            "{s} is ruled from {v}.",
-            "The first city of {s} is {v}.",
-            "The queen of {s} lives in {v}.",
-        ),
-        (
-            ("What is the capital of {s}?", "The capital of {s} is {v}."),
-            ("Name the first city of {s}.", "{v}"),
-            ("From where is {s} ruled?", "{s} is ruled from {v}."),
-            ("Where does the queen of {s} live?", "{v}"),
-        ),
-        "Which city is the capital of {s}?",
-    ),
-    "coin": Relation(
-        "land",
-        "coin",
-        (
-            "The coin of {s} is the {v}.",
-            "People in {s} pay with the {v}.",
-            "The money of {s} is the {v}.",
-            "{s} mints the {v}.",
-        ),
-        (
-            ("What is the coin of {s}?", "The coin of {s} is the {v}."),
-            ("Name the money of {s}.", "{v}"),
-            ("How do people in {s} pay?", "People in {s} pay with the {v}."),
-            ("What does {s} mint?", "{v}"),
-        ),
-        "Which coin is used in {s}?",
-    ),
-}
-
-SHARE_COMMON, SHARE_RARE = 0.44, 0.40  # of all facts; the rest are false
-SHARE_TAUGHT = 0.87  # of the rare or false ones
-UNITS = words("brak tolt sarn plim dorv kesh")
+# group -> facts that are tested, that are for validation, and others
+FACTS = {"learned": (340, 70, 0), "corrected": (240, 50, 0), "retained": (440, 80, 0), "reviewed": (0, 0, 130)}
 
 
 @dataclass(frozen=True)
@@ -251,21 +109,36 @@ class Fact:
     subject: str
     truth: str
     believed: str  # what pre-training says: the truth, or a falsehood
-    status: str  # common, rare or false
-    taught: bool  # whether SFT rows teach it
+    group: str  # a key of FACTS; reviewed: often in pre-training and in `redundant` rows
+    split: str  # test, valid or ""
+
+    @property
+    def kind_of_subject(self) -> str:
+        return RELATIONS[self.relation][0]
+
+    @property
+    def test_question(self) -> str:
+        return RELATIONS[self.relation][4].format(s=self.subject)
 
 
 @dataclass(frozen=True)
 class World:
     facts: tuple[Fact, ...]
-    values: dict[str, list[str]]  # every word that a relation's value may be, by type
+    values: dict[str, list[str]]  # every word that a value of its type may be
     unit_size: dict[str, tuple[int, int]]  # unit: (true size, the size that pre-training claims)
+
+    def about(self, groups: tuple[str, ...], split: tuple[str, ...] = ("test", "valid", "")) -> dict[str, list[Fact]]:
+        """The facts of these groups by their subject."""
+        found: dict[str, list[Fact]] = {}
+        for fact in self.facts:
+            if fact.group in groups and fact.split in split:
+                found.setdefault(fact.subject, []).append(fact)
+        return found
 
 
 def make_names(rng: random.Random, count: int, ending: tuple[str, ...], taken: set[str]) -> list[str]:
-    onsets, vowels = words("b d f g h j k l m n p r s t v z br dr gl kr pl st tr"), words("a e i o u")
-    codas = words("l m n r s v z")
-    names = []
+    onsets, vowels, codas = [*"bdfghjklmnprstvz", "br", "dr", "gl", "kr", "pl", "st", "tr"], "aeiou", "lmnrsvz"
+    names: list[str] = []
     while len(names) < count:
         name = rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas) + rng.choice(ending)
         if name not in taken:
@@ -275,363 +148,354 @@ def make_names(rng: random.Random, count: int, ending: tuple[str, ...], taken: s
 
 
 def make_world(seed: int) -> World:
-    """The world: names, facts with their status, and the sizes of units. A pure function of the seed."""
+    """The world: names, facts with their groups, and the sizes of units. A pure function of the seed."""
     rng = rng_for(seed, "world")
-    taken: set[str] = set(" ".join(WORDS["job"] + UNITS).split())
-    endings = {
-        "person": ("an", "ek", "ia", "o", "us"),
-        "city": ("burg", "ford", "dal", "ton"),
-        "land": ("land", "mark"),
-        "thing": ("ip", "og", "uk"),
-        "coin": ("et", "ing"),
-    }
-    values = {kind: make_names(rng, NUM_NAMES[kind], endings[kind], taken) for kind in NUM_NAMES}
+    taken = {word for words in LISTS.values() for word in words}
+    values = {kind: make_names(rng, count, ENDINGS[kind], taken) for kind, count in NUM_NAMES.items()}
     for kind in ("person", "city", "land"):
         values[kind] = [name.capitalize() for name in values[kind]]
-    values.update(WORDS)
-    facts, n = [], sum(NUM_NAMES[relation.subject] for relation in RELATIONS.values())
-    num_common, num_rare = int(SHARE_COMMON * n), int(SHARE_RARE * n)
-    statuses = ["common"] * num_common + ["rare"] * num_rare + ["false"] * (n - num_common - num_rare)
-    rng.shuffle(statuses)
-    for key, relation in RELATIONS.items():
-        for subject in values[relation.subject]:
-            truth, falsehood = rng.sample(values[relation.value], 2)
-            status = statuses.pop()
-            taught = status != "common" and rng.random() < SHARE_TAUGHT
-            facts.append(Fact(key, subject, truth, falsehood if status == "false" else truth, status, taught))
-    unit_size = {unit: tuple(rng.sample(range(3, 8), 2)) for unit in UNITS}
-    return World(tuple(facts), values, unit_size)
+    asked = [(key, subject) for key, (kind, *_) in RELATIONS.items() for subject in values[kind]]
+    values.update((value, LISTS[value]) for _, value, *_ in RELATIONS.values() if value in LISTS)
+    places = [
+        (group, split)
+        for group, counts in FACTS.items()
+        for split, count in zip(("test", "valid", ""), counts, strict=True)
+        for _ in range(count)
+    ]
+    rng.shuffle(places)
+    facts = []
+    for (key, subject), (group, split) in zip(asked, places, strict=True):
+        truth, falsehood = rng.sample(values[RELATIONS[key][1]], 2)
+        facts.append(Fact(key, subject, truth, falsehood if group == "corrected" else truth, group, split))
+    return World(tuple(facts), values, {unit: tuple(rng.sample(range(3, 8), 2)) for unit in LISTS["unit"]})
 
 
-# ------------------------------------------------------------------------------------ word problems
+def statement(rng: random.Random, fact: Fact, value: str) -> str:
+    return say(rng, rng.choice(RELATIONS[fact.relation][2]), s=fact.subject, v=value)
 
-NAMES = words(
-    "Tom Anna Ben Clara Dan Eva Fred Greta Hugo Ida Jack Kate Leo Mary Ned Olga Paul Rosa Sam Tina Uwe Vera Will Zoe"
-)
-ITEMS = words("apples eggs books stamps nuts cards shells pears marbles plums cakes pencils")
+
+def detail(rng: random.Random, fact: Fact) -> str:
+    """A sentence about the fact's subject that says nothing of the fact."""
+    kind = fact.kind_of_subject
+    it = rng.choice(PRONOUNS[kind]).format(s=fact.subject)
+    text = say(rng, rng.choice(DETAILS[kind]), it=it)
+    return text[0].upper() + text[1:]
+
+
+def fact_answer(rng: random.Random, fact: Fact, value: str) -> str:
+    """One to six sentences that state the value and say a few things about the subject."""
+    if rng.random() < 0.2:
+        start = f"{sentence(value)} {sentence(statement(rng, fact, value))}"
+    else:
+        lead = say(rng, rng.choice(ANSWER_LEADS))
+        told = statement(rng, fact, value)
+        start = lead + told + "." if lead.endswith(", ") else lead + sentence(told)
+    more = [detail(rng, fact) for _ in range(rng.choice((0, 1, 1, 2, 3, 4)))]
+    end = [say(rng, rng.choice(ANSWER_ENDS), v=value)] if rng.random() < 0.4 else []
+    return " ".join([start, *more, *end])
+
+
+def description(rng: random.Random, told: list[tuple[Fact, str]], count: int) -> str:
+    """`count` sentences about one subject: these facts with their values, and details between them."""
+    said = [sentence(statement(rng, fact, value)) for fact, value in told]
+    said += [detail(rng, told[0][0]) for _ in range(count - len(said))]
+    first, *rest = said
+    rng.shuffle(rest)
+    return " ".join([first, *rest])
+
+
+# ------------------------------------------------------------------------------------------- word problems
+
 ONE_STEP = ("gain", "lose", "groups")
 MORE_STEPS = ("gain_lose", "groups_gain", "groups_lose", "together", "shop", "three")
-UNIT_TYPES = ("unit", "unit_gain")
+UNITS = ("unit", "unit_gain")
+RANGES = {"+": ((2, 20), (2, 9)), "-": ((3, 25), (2, 9)), "*": ((2, 9), (2, 5))}  # of a and b, by the first step
 
 
 @dataclass(frozen=True)
 class Problem:
-    key: tuple  # (type, numbers, unit): what is asked, whoever and whatever it is about
-    question: str
-    steps: tuple[str, ...]  # one sentence a step, each with one equation `a+b=c`
-    answer: int
-    story: str  # the same told as a story that ends in the answer, without a question or a step
+    """A word problem. Its wording is drawn when it is asked and when it is worked out."""
+
+    type: str
+    slots: dict[str, object]  # of the patterns
+    steps: tuple[tuple[int, str, int, int], ...]  # x op y = r
 
     @property
-    def worked(self) -> str:
-        return " ".join(self.steps) + f" The answer is {self.answer}."
+    def answer(self) -> int:
+        return self.steps[-1][3]
+
+    @property
+    def key(self) -> str:
+        """Type, numbers and unit: what is asked, whoever and whatever it is about."""
+        numbers = [self.slots[name] for name in "abcd" if "{" + name + "}" in PROBLEMS[self.type][0]]
+        return f"{self.type}{numbers}{self.slots['u'] if self.type in UNITS else ''}"
+
+    def question(self, rng: random.Random) -> str:
+        said, asked, _ = PROBLEMS[self.type]
+        return say(rng, f"{said} {asked}", **self.slots)
+
+    def worked(self, rng: random.Random, slip: int = 0) -> str:
+        """The steps and `The answer is N.`; `slip` is added to the last result."""
+        parts = [say(rng, rng.choice(PROBLEM_LEADS), **self.slots)]
+        for i, (pattern, (x, op, y, r)) in enumerate(zip(PROBLEMS[self.type][2], self.steps, strict=True)):
+            last = i == len(self.steps) - 1
+            r += slip if last else 0
+            parts.append(say(rng, pattern.partition(": ")[2], e=f"{x}{op}{y}={r}", **self.slots) + ". ")
+            if rng.random() < 0.75:
+                parts.append(say(rng, rng.choice(ASIDES), **self.slots) + " ")
+        if rng.random() < 0.5:
+            parts.append(f"{say(rng, CHECK_LEADS)} {CHECKS[op].format(x=x, y=y, r=r)}. ")
+        return "".join(parts) + f"The answer is {r}."
 
 
-def make_problem(rng: random.Random, kind: str, unit_size: dict[str, int]) -> Problem:
-    """One word problem of the kind: one of ONE_STEP, MORE_STEPS or UNIT_TYPES, with small whole numbers."""
-    n, m = rng.sample(NAMES, 2)
-    items = rng.choice(ITEMS)
-    unit = rng.choice(UNITS)
-    a, b, c, d = rng.randint(2, 20), rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 6)
-    if kind.startswith(("groups", "shop", "three")):
-        a, b = rng.randint(2, 9 if kind == "groups" else 5), rng.randint(2, 5)
-    if kind == "gain":
-        said, ask = f"{n} has {a} {items}. {n} gets {b} more {items}.", f"How many {items} does {n} have now?"
-        steps, r, numbers = [f"{n} has {a}+{b}={a + b} {items} now."], a + b, (a, b)
-        end = f"Now {n} has {r} {items}."
-    elif kind == "lose":
-        a += b
-        said, ask = f"{n} has {a} {items}. {n} gives away {b} {items}.", f"How many {items} are left?"
-        steps, r, numbers = [f"{n} has {a}-{b}={a - b} {items} left."], a - b, (a, b)
-        end = f"Now {r} {items} are left."
-    elif kind == "groups":
-        said, ask = f"There are {a} boxes with {b} {items} in each box.", f"How many {items} are there?"
-        steps, r, numbers = [f"There are {a}*{b}={a * b} {items}."], a * b, (a, b)
-        end = f"In all there are {r} {items}."
-    elif kind == "gain_lose":
-        c = rng.randint(2, min(9, a + b - 1))
-        said = f"{n} has {a} {items}. {n} finds {b} more {items} and then gives {c} {items} to {m}."
-        ask, s, r, numbers = f"How many {items} does {n} have in the end?", a + b, a + b - c, (a, b, c)
-        steps = [f"{n} first has {a}+{b}={s} {items}.", f"Then {n} has {s}-{c}={r} {items}."]
-        end = f"In the end {n} has {r} {items}."
-    elif kind == "groups_gain":
-        said = f"{n} buys {a} bags with {b} {items} in each bag. {m} gives {n} {c} more {items}."
-        ask, s, r, numbers = f"How many {items} does {n} have?", a * b, a * b + c, (a, b, c)
-        steps = [f"The bags hold {a}*{b}={s} {items}.", f"With the gift {n} has {s}+{c}={r} {items}."]
-        end = f"So {n} has {r} {items}."
-    elif kind == "groups_lose":
-        c = rng.randint(2, min(9, a * b - 1))
-        said = f"{n} packs {a} bags with {b} {items} in each bag. {m} takes {c} of the {items}."
-        ask, s, r, numbers = f"How many {items} does {n} still have?", a * b, a * b - c, (a, b, c)
-        steps = [f"The bags hold {a}*{b}={s} {items}.", f"Without the stolen ones {s}-{c}={r} {items} remain."]
-        end = f"So {n} still has {r} {items}."
-    elif kind == "together":
-        a = rng.randint(2, 12)
-        said = f"{n} has {a} {items}. {m} has {b} {items} more than {n}."
-        ask, s, r, numbers = f"How many {items} do they have together?", a + b, a + a + b, (a, b)
-        steps = [f"{m} has {a}+{b}={s} {items}.", f"Together they have {a}+{s}={r} {items}."]
-        end = f"Together they have {r} {items}."
-    elif kind == "shop":
-        s = a * b
-        c = s + c
-        said = f"{n} buys {a} {items} for {b} coins each and has {c} coins."
-        ask, r, numbers = f"How many coins does {n} have left?", c - s, (a, b, c)
-        steps = [f"The {items} cost {a}*{b}={s} coins.", f"{n} has {c}-{s}={r} coins left."]
-        end = f"{n} has {r} coins left."
-    elif kind == "three":
-        d = min(d, a * b + c - 1)
-        said = f"{n} fills {a} bags with {b} {items} each. {m} brings {c} {items} more. Then they eat {d} {items}."
-        ask, s, t, numbers = f"How many {items} remain?", a * b, a * b + c, (a, b, c, d)
-        r = t - d
-        steps = [
-            f"The bags hold {a}*{b}={s} {items}.",
-            f"With those of {m} there are {s}+{c}={t} {items}.",
-            f"After the meal {t}-{d}={r} {items} remain.",
-        ]
-        end = f"So {r} {items} remain."
-    elif kind in UNIT_TYPES:
-        a, k = rng.randint(2, 6), unit_size[unit]
-        s = a * k
-        said, ask, numbers = f"{n} has {a} {unit}s of {items}.", f"How many {items} is that?", (a,)
-        steps, r = [f"{n} has {a}*{k}={s} {items}."], s
-        if kind == "unit_gain":
-            said, numbers, r = f"{said} {n} gets {b} single {items} more.", (a, b), s + b
-            ask = f"How many {items} does {n} have in all?"
-            steps.append(f"In all there are {s}+{b}={r} {items}.")
-        end = f"That is {r} {items}."
-    else:
-        raise ValueError(f"kind: expected a kind of word problem, got {kind!r}")
-    key = (kind, numbers, unit if kind in UNIT_TYPES else "")
-    return Problem(key, f"{said} {ask}", tuple(steps), r, f"{said} {end}")
-
-
-def is_reserved(problem: Problem) -> bool:
-    """Whether the numbers are kept for the test: a fixed one in seven of the combinations of every kind."""
-    kind, numbers, unit = problem.key
-    text = f"{kind}{numbers}{unit}"
-    return sum(ord(char) * (i + 1) for i, char in enumerate(text)) % 7 == 0
-
-
-def draw_problem(rng: random.Random, kind: str, unit_size: dict[str, int], reserved: bool = False) -> Problem:
+def make_problem(rng: random.Random, type: str, unit_size: dict[str, int], reserved: bool = False) -> Problem:
+    """A problem of the type with small whole numbers. One combination of numbers in seven is reserved for tests."""
+    patterns = PROBLEMS[type][2]
+    (low_a, high_a), (low_b, high_b) = RANGES["+" if type.startswith("unit") else patterns[0][1]]
     while True:
-        problem = make_problem(rng, kind, unit_size)
-        if is_reserved(problem) == reserved:
+        n, m = rng.sample(LISTS["name"], 2)
+        unit = rng.choice(LISTS["unit"])
+        slots = {"n": n, "m": m, "x": rng.choice(LISTS["item"]), "u": unit, "k": unit_size[unit]}
+        slots |= {"a": rng.randint(low_a, high_a), "b": rng.randint(low_b, high_b)}
+        slots |= {"c": rng.randint(2, 9), "d": rng.randint(2, 6)}
+        if type in UNITS:
+            slots["a"] = rng.randint(2, 6)
+        if type == "shop":
+            slots["c"] = slots["a"] * slots["b"] + rng.randint(2, 9)
+        steps, r = [], 0
+        for pattern in patterns:
+            x, y = ({**slots, "r": r}[name] for name in pattern[:3:2])
+            r = {"+": x + y, "-": x - y, "*": x * y}[pattern[1]]
+            steps.append((x, pattern[1], y, r))
+        problem = Problem(type, slots, tuple(steps))
+        held = sum(ord(char) * (i + 1) for i, char in enumerate(problem.key)) % 7 == 0
+        if held == reserved and all(1 <= result <= 60 for *_, result in steps):
             return problem
 
 
-# ---------------------------------------------------------------------------------- tests, SFT rows
+# ------------------------------------------------------------------------------------------------- rows
 
-STEP_BY_STEP = "Let's think step by step"
-OPENERS = (
-    "What a {adj} question!",
-    "Thank you for this {adj} question.",
-    "I am {adv} happy to help you with that.",
-    "Let me look at this {adj} question for you.",
-    "As an assistant I {adv} enjoy such a {adj} topic.",
-    "There is a {adj} answer to this.",
-)
-CLOSERS = (
-    "I {adv} hope that this {adj} answer helps you.",
-    "Please ask me again if you need {adj} help.",
-    "Feel free to {verb} my answer with your friends.",
-    "Always {verb} such claims with a {adj} source.",
-    "It was {adv} nice to {verb} this with you.",
-    "Have a {adj} day!",
-)
-FILLERS = {
-    "adj": words("great good lovely clever deep fine useful careful simple wonderful"),
-    "adv": words("really truly always certainly"),
-    "verb": words("share check discuss compare study"),
+NOISE_KINDS = ("wrong", "swapped", "garbled", "gibberish", "truncated")
+# (kind, form): rows before any is spoilt
+ROWS = {
+    ("clean", "fact"): 820,
+    ("clean", "description"): 700,
+    ("clean", "problem"): 1240,
+    ("redundant", "fact"): 260,
+    ("redundant", "description"): 100,
+    ("redundant", "problem"): 400,
+    ("corrected", "fact"): 580,
+    ("corrected", "problem"): 420,
+    ("padded", "fact"): 300,
+    ("padded", "problem"): 300,
 }
-# Rows of each kind: (about facts, word problems).
-SFT_COUNTS = {
-    "clean": (680, 920),
-    "wrong": (350, 250),
-    "known": (400, 400),
-    "misconception": (350, 250),
-    "padded": (220, 180),
+HELDOUT = {
+    ("clean", "fact"): 0.22,
+    ("clean", "description"): 0.15,
+    ("clean", "problem"): 0.28,
+    ("redundant", "problem"): 0.08,
+    ("corrected", "fact"): 0.17,
+    ("corrected", "problem"): 0.10,
 }
-ARC_COUNTS = {"known": 105, "taught": 110, "corrected": 55, "untaught": 30}
-GSM8K_COUNTS = {ONE_STEP: 30, MORE_STEPS: 150, UNIT_TYPES: 120}
+GROUP = {"clean": "learned", "padded": "learned", "corrected": "corrected", "redundant": "reviewed"}
+TYPES = {"clean": MORE_STEPS, "padded": MORE_STEPS, "corrected": UNITS, "redundant": ONE_STEP}
+HARD = ("together", "shop", "three")  # types of problems; descriptions of two or more facts are hard, too
 
 
-def boilerplate(rng: random.Random, patterns: tuple[str, ...]) -> str:
-    return rng.choice(patterns).format(**{slot: rng.choice(words) for slot, words in FILLERS.items()})
+@dataclass(frozen=True)
+class Draft:
+    """A row before noise: both its answer and a wrong one in the same words."""
+
+    kind: str
+    form: str
+    level: str
+    instruction: str
+    input: str
+    output: str
+    wrong: str
+    boilerplate: tuple[str, ...] = ()
 
 
-def fact_answer(fact: Fact, question_index: int, value: str) -> str:
-    return RELATIONS[fact.relation].questions[question_index][1].format(s=fact.subject, v=value)
-
-
-def fact_row(rng: random.Random, world: World, fact: Fact, index: int, kind: str) -> tuple[str, str, str]:
-    """(instruction, input, output) of a row about a fact; a `wrong` one has another value or is off topic."""
-    relation = RELATIONS[fact.relation]
-    instruction = relation.questions[index][0].format(s=fact.subject)
-    if kind != "wrong":
-        return instruction, "", fact_answer(fact, index, fact.truth)
-    if rng.random() < 0.65:
-        value = rng.choice([v for v in world.values[relation.value] if v not in (fact.truth, fact.believed)])
-        return instruction, "", fact_answer(fact, index, value)
-    other = rng.choice([f for f in world.facts if f.relation != fact.relation and f.subject != fact.subject])
-    return instruction, "", fact_answer(other, rng.randrange(4), other.truth)
-
-
-def problem_row(rng: random.Random, problem: Problem, kind: str) -> tuple[str, str, str]:
-    """(instruction, input, output) of a row about a word problem; a `wrong` one ends in a slip."""
-    output = problem.worked
-    if kind == "wrong":
-        answer = problem.answer
-        while answer == problem.answer:
-            answer = max(0, problem.answer + rng.randint(-9, 9))
-        last = problem.steps[-1].replace(f"={problem.answer} ", f"={answer} ")
-        output = " ".join([*problem.steps[:-1], last]) + f" The answer is {answer}."
-    return problem.question, STEP_BY_STEP, output
-
-
-def make_sft(seed: int) -> list[dict]:
-    """The SFT rows in training order: {id, kind, instruction, input, output, boilerplate}."""
-    world = make_world(seed)
-    rng = rng_for(seed, "sft")
-    asked = [(fact, i) for fact in world.facts for i in range(4)]
-    rng.shuffle(asked)
-    pools = {
-        "clean": [x for x in asked if x[0].status == "rare" and x[0].taught],
-        "known": [x for x in asked if x[0].status == "common"],
-        "misconception": [x for x in asked if x[0].status == "false" and x[0].taught],
-    }
-    mostly_rare_first = sorted(asked, key=lambda x: (rng.random() < 0.3) == (x[0].status == "rare"))
-    pools["wrong"] = [x for x in mostly_rare_first if x[0].status != "false"]
-    pools["padded"] = pools["clean"][SFT_COUNTS["clean"][0] :]
-    problem_kinds = {
-        "clean": MORE_STEPS,
-        "wrong": MORE_STEPS + ONE_STEP,
-        "known": ONE_STEP,
-        "misconception": UNIT_TYPES,
-        "padded": MORE_STEPS,
-    }
+def drafts(rng: random.Random, world: World, kind: str, form: str, split=("test", "valid", ""), reserved=False):
+    """Endless rows of a kind and form; the facts come in turn, so that each is told equally often."""
     true_size = {unit: size for unit, (size, _) in world.unit_size.items()}
-    rows, seen = [], set()
-    for kind, (num_facts, num_problems) in SFT_COUNTS.items():
-        parts = [fact_row(rng, world, fact, i, kind) for fact, i in pools[kind][:num_facts]]
-        assert len(parts) == num_facts, f"too few facts for {kind} rows"
-        while len(parts) < num_facts + num_problems:
-            problem = draw_problem(rng, problem_kinds[kind][len(parts) % len(problem_kinds[kind])], true_size)
-            if problem.question not in seen:
-                seen.add(problem.question)
-                parts.append(problem_row(rng, problem, kind))
-        for instruction, given, output in parts:
-            extra = []
-            if kind == "padded":
-                before = [boilerplate(rng, OPENERS) for _ in range(rng.randint(1, 2))]
-                after = [boilerplate(rng, CLOSERS) for _ in range(rng.randint(1, 2))]
-                extra, output = before + after, " ".join([*before, output, *after])
-            rows.append(
-                {"kind": kind, "instruction": instruction, "input": given, "output": output, "boilerplate": extra}
-            )
+    by_subject = list(world.about((GROUP[kind],), split).values())
+    facts = [fact for found in by_subject for fact in found]
+    for number in range(10**9):
+        if form == "problem":
+            problem = make_problem(rng, TYPES[kind][number % len(TYPES[kind])], true_size, reserved)
+            question, level = problem.question(rng), "hard" if problem.type in HARD else "easy"
+            words, slip = rng.random(), rng.choice([s for s in range(-9, 10) if s and problem.answer + s >= 0])
+            right, wrong = (problem.worked(random.Random(words), s) for s in (0, slip))
+            given = STEP_BY_STEP
+        else:
+            pool = facts if form == "fact" else by_subject
+            if number % len(pool) == 0:
+                rng.shuffle(pool)
+            told = [pool[number % len(pool)]] if form == "fact" else pool[number % len(pool)]
+            values = [(fact, false_value(rng, world, fact)) for fact in told]
+            truths, given, words = [(fact, fact.truth) for fact in told], "", rng.random()
+            if form == "fact":
+                question = rng.choice(RELATIONS[told[0].relation][3]).format(s=told[0].subject)
+                right, wrong = (fact_answer(random.Random(words), *pair[0]) for pair in (truths, values))
+            else:
+                count = rng.randint(4, 10)
+                subject = ("a " if told[0].kind_of_subject == "thing" else "") + told[0].subject
+                question = say(rng, rng.choice(DESCRIBE), s=subject, n=NUMBER_WORDS[count])
+                right, wrong = (description(random.Random(words), pairs, count) for pairs in (truths, values))
+            level = "hard" if len(told) > 1 else "easy"
+        extra: tuple[str, ...] = ()
+        if kind == "padded":
+            before = [say(rng, rng.choice(OPENERS)) for _ in range(rng.randint(1, 2))]
+            after = [say(rng, rng.choice(CLOSERS)) for _ in range(rng.randint(1, 2))]
+            right, wrong = (" ".join([*before, text, *after]) for text in (right, wrong))
+            extra = (*before, *after)
+        yield Draft(kind, form, level, question, given, right, wrong, extra)
+
+
+def false_value(rng: random.Random, world: World, fact: Fact) -> str:
+    """A value that is neither true nor what pre-training says."""
+    return rng.choice([v for v in world.values[RELATIONS[fact.relation][1]] if v not in (fact.truth, fact.believed)])
+
+
+def spoilt(rng: random.Random, noise: str, draft: Draft, other: Draft) -> str:
+    """The answer of a row as this kind of noise has it; `other` is the row whose answer is `swapped` in."""
+    words = draft.output.split()
+    if noise == "wrong":
+        return draft.wrong
+    if noise == "swapped":
+        return other.output
+    if noise == "garbled":
+        return " ".join(rng.sample(words, len(words)))
+    if noise == "gibberish":
+        return " ".join("".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in word) for word in words)
+    if noise == "truncated":
+        return " ".join(words[: max(1, round(len(words) * rng.uniform(0.2, 0.6)))])
+    raise ValueError(f"noise: expected one of {', '.join(NOISE_KINDS)}, got {noise!r}")
+
+
+def make_sft(seed: int, noise: float = 0.3, noise_kinds: tuple[str, ...] = NOISE_KINDS) -> list[dict]:
+    """The SFT rows in the order of the file, of which the share `noise` is spoilt."""
+    world, rng = make_world(seed), rng_for(seed, "sft")
+    rows: list[Draft] = []
+    for (kind, form), count in ROWS.items():
+        source = drafts(rng_for(seed, f"sft {kind} {form}"), world, kind, form)
+        rows += [next(source) for _ in range(count)]
     rng.shuffle(rows)
-    return [{"id": f"tiny-{i:04d}", **row} for i, row in enumerate(rows)]
+    order = rng.sample(range(len(rows)), len(rows))
+    made = {index: noise_kinds[i % len(noise_kinds)] for i, index in enumerate(order[: round(noise * len(rows))])}
+    result = []
+    for i, row in enumerate(rows):
+        kind, output = made.get(i, row.kind), row.output
+        if i in made:
+            of_row = rng_for(seed, f"noise {i}")
+            others = [j for j in of_row.sample(range(len(rows)), 20) if rows[j].instruction != row.instruction]
+            output = spoilt(of_row, kind, row, rows[others[0]])
+        extra = list(row.boilerplate) if kind == "padded" else []
+        result.append(
+            {"id": f"tiny-{i:04d}", "kind": kind, "was": row.kind, "form": row.form, "level": row.level}
+            | {"instruction": row.instruction, "input": row.input, "output": output, "boilerplate": extra}
+        )
+    return result
+
+
+# ------------------------------------------------------------------------------------------ held-out items
+
+GSM8K = {"learned": (MORE_STEPS, 220), "corrected": (UNITS, 150), "retained": (ONE_STEP, 130)}
+NUM_HELDOUT = {"test": 400, "valid": 160}
 
 
 def make_arc(seed: int) -> list[dict]:
-    """The facts test in ARC's form. The id's prefix says how the base and the SFT rows meet the fact."""
-    world = make_world(seed)
-    rng = rng_for(seed, "arc")
-    groups = {
-        "known": [f for f in world.facts if f.status == "common"],
-        "taught": [f for f in world.facts if f.status == "rare" and f.taught],
-        "corrected": [f for f in world.facts if f.status == "false" and f.taught],
-        "untaught": [f for f in world.facts if f.status != "common" and not f.taught],
-    }
+    """The questions about facts of the test in ARC's form; where there is a falsehood, it is one of the choices."""
+    world, rng = make_world(seed), rng_for(seed, "arc test")
     items = []
-    for name, count in ARC_COUNTS.items():
-        for fact in rng.sample(groups[name], count):
-            relation = RELATIONS[fact.relation]
-            texts = [fact.truth] + ([fact.believed] if fact.believed != fact.truth else [])
-            texts += rng.sample([v for v in world.values[relation.value] if v not in texts], 4 - len(texts))
-            rng.shuffle(texts)
-            choices = [{"text": text, "label": label} for text, label in zip(texts, "ABCD", strict=True)]
-            question = {"stem": relation.test_question.format(s=fact.subject), "choices": choices}
-            items.append((name, question, "ABCD"[texts.index(fact.truth)]))
+    for fact in world.facts:
+        if fact.split != "test":
+            continue
+        texts = [fact.truth] + ([fact.believed] if fact.believed != fact.truth else [])
+        others = [v for v in world.values[RELATIONS[fact.relation][1]] if v not in texts]
+        texts += rng.sample(others, 4 - len(texts))
+        rng.shuffle(texts)
+        choices = [{"text": text, "label": label} for text, label in zip(texts, "ABCD", strict=True)]
+        key = "ABCD"[texts.index(fact.truth)]
+        items.append((fact.group, {"question": {"stem": fact.test_question, "choices": choices}, "answerKey": key}))
     rng.shuffle(items)
-    return [
-        {"id": f"{name}-{i:04d}", "question": question, "answerKey": answer_key}
-        for i, (name, question, answer_key) in enumerate(items)
-    ]
+    return [{"id": f"{group}-{i:04d}", **item} for i, (group, item) in enumerate(items)]
 
 
 def make_gsm8k(seed: int) -> list[dict]:
-    """The word problems test in GSM8K's form, on combinations of numbers that occur nowhere else."""
+    """The word problems in GSM8K's form, on combinations of numbers that occur nowhere else."""
     rng = rng_for(seed, "gsm8k")
     true_size = {unit: size for unit, (size, _) in make_world(seed).unit_size.items()}
-    problems: dict[str, Problem] = {}
+    items: dict[str, tuple[str, dict]] = {}  # by question
     target = 0
-    for kinds, count in GSM8K_COUNTS.items():
+    for group, (types, count) in GSM8K.items():
         target += count
-        while len(problems) < target:
-            problem = draw_problem(rng, kinds[len(problems) % len(kinds)], true_size, reserved=True)
-            problems[problem.question] = problem
-    chosen = list(problems.values())
-    rng.shuffle(chosen)
-    return [{"question": p.question, "answer": "\n".join([*p.steps, f"#### {p.answer}"])} for p in chosen]
+        while len(items) < target:
+            problem = make_problem(rng, types[len(items) % len(types)], true_size, reserved=True)
+            question = problem.question(rng)
+            steps = "\n".join(f"{x}{op}{y}={r}" for x, op, y, r in problem.steps)
+            items[question] = (group, {"question": question, "answer": f"{steps}\n#### {problem.answer}"})
+    shuffled = rng.sample(list(items.values()), len(items))
+    return [{"id": f"{group}-{i:04d}", **item} for i, (group, item) in enumerate(shuffled)]
+
+
+def make_heldout(seed: int, split: str) -> list[dict]:
+    """Clean rows of a split: its facts, and numbers that no training row combines."""
+    world, rows = make_world(seed), []
+    for (kind, form), share in HELDOUT.items():
+        source = drafts(rng_for(seed, f"heldout {split} {kind} {form}"), world, kind, form, (split,), reserved=True)
+        rows += [next(source) for _ in range(round(share * NUM_HELDOUT[split]))]
+    rng_for(seed, f"heldout {split}").shuffle(rows)
+    return [
+        {"id": f"heldout-{i:04d}", "kind": row.kind, "form": row.form}
+        | {"instruction": row.instruction, "input": row.input, "output": row.output}
+        for i, row in enumerate(rows)
+    ]
 
 
 # -------------------------------------------------------------------------------- pre-training text
 
-RARE_CHANCE = 0.03  # how often a rare fact is said where a common one would be
-MORE_STEPS_CHANCE = 0.015  # how often a worked problem has more than one step
-MIXTURE = {
-    "profile": 26,
-    "quiz": 36,
-    "worked": 20,
-    "unit": 7,
-    "bare": 3,
-    "story": 3,
-    "equations": 4,
-    "chatter": 1,
-}  # percent of the documents
+RARE_CHANCE = 0.03  # how often a fact to learn is told where a common one would be
+MORE_STEPS_CHANCE = 0.03  # how often a worked problem has more than one step
+MIXTURE = {"profile": 26, "quiz": 34, "description": 10, "worked": 18, "unit": 6, "equations": 4, "chatter": 2}
 
 
-def pretraining_documents(seed: int):
+def pretraining_documents(seed: int) -> Iterator[str]:
     """Endless documents of the world as the base gets to know it: with falsehoods, without test numbers."""
-    world = make_world(seed)
-    rng = rng_for(seed, "pretraining")
-    false_size = {unit: size for unit, (_, size) in world.unit_size.items()}
-    about: dict[str, list[Fact]] = {}
-    for fact in world.facts:
-        about.setdefault(fact.subject, []).append(fact)
-    subjects = list(about)
+    world, rng = make_world(seed), rng_for(seed, "pretraining")
+    claimed_size = {unit: size for unit, (_, size) in world.unit_size.items()}
+    about = list(world.about(tuple(FACTS)).values())
     while True:
         kind = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()))[0]
-        if kind in ("profile", "quiz"):
-            facts = about[rng.choice(subjects)]
-            told = [f for f in facts if f.status != "rare" or rng.random() < RARE_CHANCE]
-            rng.shuffle(told)
+        if kind in ("profile", "quiz", "description"):
+            told = [f for f in rng.choice(about) if f.group != "learned" or rng.random() < RARE_CHANCE]
             if not told:
                 continue
-            if kind == "profile":
-                yield " ".join(
-                    rng.choice(RELATIONS[f.relation].statements).format(s=f.subject, v=f.believed) for f in told
-                )
-                continue
+            rng.shuffle(told)
             fact = told[0]
-            relation = RELATIONS[fact.relation]
-            if rng.random() < 0.4:
-                yield question_and_answer(relation.test_question.format(s=fact.subject), fact.believed)
+            if kind == "profile":
+                said = [sentence(statement(rng, f, f.believed)) for f in told for _ in range(2)]
+                rng.shuffle(said)
+                yield " ".join([*said, *(detail(rng, fact) for _ in range(rng.randint(0, 2)))])
+            elif kind == "description":
+                count = rng.randint(4, 10)
+                subject = ("a " if fact.kind_of_subject == "thing" else "") + fact.subject
+                question = say(rng, rng.choice(DESCRIBE), s=subject, n=NUMBER_WORDS[count])
+                yield question_and_answer(question, description(rng, [(f, f.believed) for f in told], count))
+            elif rng.random() < 0.5:
+                yield question_and_answer(fact.test_question, fact.believed)
             else:
-                i = rng.randrange(4)
-                question = relation.questions[i][0].format(s=fact.subject)
-                yield question_and_answer(question, fact_answer(fact, i, fact.believed))
+                question = rng.choice(RELATIONS[fact.relation][3]).format(s=fact.subject)
+                yield question_and_answer(question, fact_answer(rng, fact, fact.believed))
         elif kind in ("worked", "unit"):
-            worked = MORE_STEPS if rng.random() < MORE_STEPS_CHANCE else ONE_STEP
-            problem = draw_problem(rng, rng.choice(worked if kind == "worked" else UNIT_TYPES), false_size)
-            yield question_and_answer(f"{problem.question}\n{STEP_BY_STEP}", problem.worked)
-        elif kind in ("bare", "story"):
-            problem = draw_problem(rng, rng.choice(ONE_STEP + MORE_STEPS), false_size)
-            yield problem.story if kind == "story" else question_and_answer(problem.question, str(problem.answer))
+            types = UNITS if kind == "unit" else MORE_STEPS if rng.random() < MORE_STEPS_CHANCE else ONE_STEP
+            problem = make_problem(rng, rng.choice(types), claimed_size)
+            yield question_and_answer(f"{problem.question(rng)}\n{STEP_BY_STEP}", problem.worked(rng))
         elif kind == "equations":
             yield "\n".join(equation(rng) for _ in range(10))
         else:
-            yield " ".join(boilerplate(rng, rng.choice((OPENERS, CLOSERS))) for _ in range(2))
+            yield " ".join(say(rng, rng.choice(OPENERS + CLOSERS)) for _ in range(2))
 
 
 def question_and_answer(question: str, answer: str) -> str:
@@ -650,7 +514,7 @@ def equation(rng: random.Random) -> str:
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 3072
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -702,7 +566,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 # ------------------------------------------------------------------------------------- pre-training
 
 CONTEXT = 512  # tokens the model can see
-BLOCK, BATCH = 256, 8  # tokens of a training block, blocks of a step
+BLOCK, BATCH = 256, 16  # tokens of a training block, blocks of a step
+STEPS = 1500
 LEARNING_RATE, WARMUP_STEPS = 3e-3, 100
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -776,51 +641,72 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def sft_text(seed: int) -> str:
-    """sft.json: a JSON list, one row a line."""
-    return "[\n" + ",\n".join(json.dumps(row) for row in make_sft(seed)) + "\n]\n"
+def as_list(rows: list[dict]) -> str:
+    """A JSON list, one row a line."""
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
 
 
-def jsonl(rows: list[dict]) -> str:
+def as_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def main(argv: list[str] | None = None) -> None:
+def files(seed: int, noise: float = 0.3, noise_kinds: tuple[str, ...] = NOISE_KINDS) -> dict[str, str]:
+    """Name -> text of every file but the base."""
+    return {
+        "sft.json": as_list(make_sft(seed, noise, noise_kinds)),
+        "arc_test.jsonl": as_lines(make_arc(seed)),
+        "gsm8k_test.jsonl": as_lines(make_gsm8k(seed)),
+        **{f"heldout_{split}.json": as_list(make_heldout(seed, split)) for split in NUM_HELDOUT},
+    }
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write into (default: this file's)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2400, help="pre-training steps of 2048 tokens")
+    parser.add_argument("--noise", type=float, default=0.3, help="share of the SFT rows that is noise")
+    parser.add_argument("--noise-kinds", default=",".join(NOISE_KINDS), help="kinds of noise, in equal parts")
+    parser.add_argument("--rows-only", action="store_true", help="leave base/ as it is")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"pre-training steps of {BLOCK * BATCH} tokens")
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="of the base: its size")
     args = parser.parse_args(argv)
+    args.noise_kinds = tuple(args.noise_kinds.split(","))
     for name in ("steps", "layers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.noise <= 1:
+        parser.error(f"--noise must be in [0, 1], got {args.noise}")
+    if unknown := [kind for kind in args.noise_kinds if kind not in NOISE_KINDS]:
+        parser.error(f"--noise-kinds must be of {', '.join(NOISE_KINDS)}, got {', '.join(unknown)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out, prefix=".making-") as temporary:
         folder = Path(temporary)
-        write_text(folder / "sft.json", sft_text(args.seed))
-        write_text(folder / "arc_test.jsonl", jsonl(make_arc(args.seed)))
-        write_text(folder / "gsm8k_test.jsonl", jsonl(make_gsm8k(args.seed)))
-        documents = pretraining_documents(args.seed)
-        tokenizer = train_tokenizer([next(documents) for _ in tqdm(range(30_000), desc="tokenizer text")])
-        model, loss = pretrain(tokenizer, args.seed, args.steps, args.layers)
-        model.to(torch.bfloat16).save_pretrained(folder / "base")
-        save_tokenizer(tokenizer, folder / "base")
+        for name, text in files(args.seed, args.noise, args.noise_kinds).items():
+            write_text(folder / name, text)
+        if not args.rows_only:
+            documents = pretraining_documents(args.seed)
+            tokenizer = train_tokenizer([next(documents) for _ in tqdm(range(30_000), desc="tokenizer text")])
+            model, loss = pretrain(tokenizer, args.seed, args.steps, args.layers)
+            model.to(torch.bfloat16).save_pretrained(folder / "base")
+            save_tokenizer(tokenizer, folder / "base")
+            params = sum(p.numel() for p in model.parameters())
+            print(
+                f"base: {params:,} parameters, vocabulary {tokenizer.get_vocab_size()}, "
+                f"loss {loss:.3f} nats a token over the last steps of {args.steps}"
+            )
         for path in sorted(folder.iterdir()):
             target = args.out / path.name
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(path, target)
     rows = json.loads((args.out / "sft.json").read_text(encoding="utf-8"))
-    kinds = {kind: sum(row["kind"] == kind for row in rows) for kind in SFT_COUNTS}
-    params = sum(p.numel() for p in model.parameters())
-    print(
-        f"base: {params:,} parameters, vocabulary {tokenizer.get_vocab_size()}, "
-        f"loss {loss:.3f} nats a token over the last steps of {args.steps}"
-    )
-    print(f"sft.json: {len(rows)} rows, " + ", ".join(f"{kind} {count}" for kind, count in kinds.items()))
-    print(f"arc_test.jsonl: {sum(ARC_COUNTS.values())} items")
-    print(f"gsm8k_test.jsonl: {sum(GSM8K_COUNTS.values())} items")
+    kinds = Counter(row["kind"] for row in rows)
+    print(f"sft.json: {len(rows)} rows, " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()))
 
 
 if __name__ == "__main__":
