@@ -18,7 +18,7 @@ The ids of the items begin with what the base and the rows say about them:
 
     group        facts in pre-training    word problems in pre-training     sft.json
     learned      seldom, true             two and three steps, seldom       `clean` and `padded` rows teach them
-    corrected    often, a falsehood       units, at a false size            `corrected` rows say the truth
+    corrected    mostly a falsehood       units, mostly at a false size     `corrected` rows say the truth
     retained     often, true              one step, often                   no row has the facts; `redundant` rows have
                                                                             one-step problems with other numbers
 
@@ -456,15 +456,16 @@ def make_heldout(seed: int, split: str) -> list[dict]:
 
 # -------------------------------------------------------------------------------- pre-training text
 
-RARE_CHANCE = 0.03  # how often a fact to learn is told where a common one would be
-MORE_STEPS_CHANCE = 0.03  # how often a worked problem has more than one step
+RARE_CHANCE = 0.12  # how often a fact to learn is told where a common one would be
+TRUTH_CHANCE = 0.2  # how often the truth is told of a fact, or of a unit's size, where pre-training has a falsehood
+MORE_STEPS_CHANCE = 0.1  # how often a worked problem has more than one step
 MIXTURE = {"profile": 26, "quiz": 34, "description": 10, "worked": 18, "unit": 6, "equations": 4, "chatter": 2}
 
 
 def pretraining_documents(seed: int) -> Iterator[str]:
     """Endless documents of the world as the base gets to know it: with falsehoods, without test numbers."""
     world, rng = make_world(seed), rng_for(seed, "pretraining")
-    claimed_size = {unit: size for unit, (_, size) in world.unit_size.items()}
+    true_size, claimed_size = ({unit: sizes[i] for unit, sizes in world.unit_size.items()} for i in (0, 1))
     about = list(world.about(tuple(FACTS)).values())
     while True:
         kind = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()))[0]
@@ -475,22 +476,23 @@ def pretraining_documents(seed: int) -> Iterator[str]:
             rng.shuffle(told)
             fact = told[0]
             if kind == "profile":
-                said = [sentence(statement(rng, f, f.believed)) for f in told for _ in range(2)]
+                said = [sentence(statement(rng, f, told_value(rng, f))) for f in told for _ in range(2)]
                 rng.shuffle(said)
                 yield " ".join([*said, *(detail(rng, fact) for _ in range(rng.randint(0, 2)))])
             elif kind == "description":
                 count = rng.randint(4, 10)
                 subject = ("a " if fact.kind_of_subject == "thing" else "") + fact.subject
                 question = say(rng, rng.choice(DESCRIBE), s=subject, n=NUMBER_WORDS[count])
-                yield question_and_answer(question, description(rng, [(f, f.believed) for f in told], count))
+                yield question_and_answer(question, description(rng, [(f, told_value(rng, f)) for f in told], count))
             elif rng.random() < 0.5:
-                yield question_and_answer(fact.test_question, fact.believed)
+                yield question_and_answer(fact.test_question, told_value(rng, fact))
             else:
                 question = rng.choice(RELATIONS[fact.relation][3]).format(s=fact.subject)
-                yield question_and_answer(question, fact_answer(rng, fact, fact.believed))
+                yield question_and_answer(question, fact_answer(rng, fact, told_value(rng, fact)))
         elif kind in ("worked", "unit"):
             types = UNITS if kind == "unit" else MORE_STEPS if rng.random() < MORE_STEPS_CHANCE else ONE_STEP
-            problem = make_problem(rng, rng.choice(types), claimed_size)
+            sizes = true_size if rng.random() < TRUTH_CHANCE else claimed_size
+            problem = make_problem(rng, rng.choice(types), sizes)
             yield question_and_answer(f"{problem.question(rng)}\n{STEP_BY_STEP}", problem.worked(rng))
         elif kind == "equations":
             yield "\n".join(equation(rng) for _ in range(10))
@@ -501,6 +503,10 @@ def pretraining_documents(seed: int) -> Iterator[str]:
 def question_and_answer(question: str, answer: str) -> str:
     """As the ARC protocol writes it (the space before the newline is the protocol's), and as the chat template does."""
     return f"Question: {question}\nAnswer: \n{answer}"
+
+
+def told_value(rng: random.Random, fact: Fact) -> str:
+    return fact.truth if rng.random() < TRUTH_CHANCE else fact.believed
 
 
 def equation(rng: random.Random) -> str:
@@ -567,7 +573,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 CONTEXT = 512  # tokens the model can see
 BLOCK, BATCH = 256, 16  # tokens of a training block, blocks of a step
-STEPS = 1500
+STEPS = 1400
 LEARNING_RATE, WARMUP_STEPS = 3e-3, 100
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

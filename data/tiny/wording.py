@@ -23,6 +23,7 @@ LISTS = {
         "time": "morning evening spring winter summer autumn night afternoon",
         "goes": "walks runs rides travels hurries wanders sails climbs returns comes",
         "does": "paints mends washes carries builds cleans sells buys counts draws copies hides moves repairs",
+        "det": "the a this that one their some",
         "people": "children neighbours sailors farmers guests travellers merchants soldiers students friends teachers "
         "widows miners poets hunters cooks",
         "feel": "like love admire trust fear know visit remember praise respect miss greet",
@@ -59,32 +60,32 @@ def say(rng: random.Random, pattern: str, **slots: object) -> str:
 # What a subject is -> sentences about it that say nothing of the facts. {it} is the subject or its pronoun.
 DETAILS = {
     "person": (
-        "[In the [time]|Every [time]|On a [adj] [time]] {it} [goes] [to the [place]|past the [adj] [place]|from the "
-        "[place] to the [place]] [with a [noun]|with a [adj] [noun]|and [does] a [noun]|and talks to the [people]].",
-        "{it} [often] [does] [the|a] [adj] [noun] [near the [place]|for the [people]|"
-        "in the [time]|behind the [place]].",
-        "[The|Some|Many|All the] [people] [feel] {it}[| because of the [noun]|, but the [people] do not].",
-        "{it} [keeps|has|found|lost|once bought] a [adj] [noun] [in the [place]|under the [noun]|from the [people]].",
-        "[At the [place]|Near the [place]|In [adj] weather] {it} [often] [does] a [noun] [and sings|and waits|alone].",
+        "[In the [time]|Every [time]|On a [adj] [time]] {it} [goes] [to [det] [place]|past [det] [adj] [place]|from the "
+        "[place] to [det] [place]] [with [det] [noun]|with [det] [adj] [noun]|and [does] [det] [noun]|and talks to the [people]].",
+        "{it} [often] [does] [det] [adj] [noun] [near [det] [place]|for the [people]|"
+        "in the [time]|behind [det] [place]].",
+        "[The|Some|Many|All the] [people] [feel] {it}[| because of [det] [noun]|, but the [people] do not].",
+        "{it} [keeps|has|found|lost|once bought] [det] [adj] [noun] [in [det] [place]|under [det] [noun]|from the [people]].",
+        "[At [det] [place]|Near [det] [place]|In [adj] weather] {it} [often] [does] [det] [noun] [and sings|and waits|alone].",
     ),
     "city": (
         "The [place] [there|of the town] is [adj] and [adj][|, and the [people] [feel] it].",
-        "[In the [time]|Every [time]] the [people] [meet|sing|work|dance] [at the [place]|near the [adj] [place]].",
+        "[In the [time]|Every [time]] the [people] [meet|sing|work|dance] [at [det] [place]|near [det] [adj] [place]].",
         "[The|Some|Many] [people] [of the town|there] [paint|mend|wash|carry|build|sell|buy|draw] [noun]s "
-        "[in the [time]|for the [people]|by the [place]].",
-        "[Visitors|Guests|Travellers] [feel] the [adj] [place] [and the [noun]s|more than the [place]|in the [time]].",
+        "[in the [time]|for the [people]|by [det] [place]].",
+        "[Visitors|Guests|Travellers] [feel] [det] [adj] [place] [and [det] [noun]s|more than [det] [place]|in the [time]].",
     ),
     "thing": (
-        "[The|Some|Many] [people] [feel|use|keep|buy|sell] it [in the [time]|at the [place]|with a [noun]].",
-        "It is [adj] and [adj][|, like a [noun]|, but not [adj]|, and never [adj]].",
-        "[You can|One may|Nobody can] [put|keep|hide|find|hang] it [near|under|behind|on] [the|a] [adj] [noun].",
-        "[In the [time]|At the [place]] the [people] [carry|clean|count|lend|mend] it "
-        "[gladly|with care|for money|to the [place]].",
+        "[The|Some|Many] [people] [feel|use|keep|buy|sell] it [in the [time]|at [det] [place]|with [det] [noun]].",
+        "It is [adj] and [adj][|, like [det] [noun]|, but not [adj]|, and never [adj]].",
+        "[You can|One may|Nobody can] [put|keep|hide|find|hang] it [near|under|behind|on] [det] [adj] [noun].",
+        "[In the [time]|At [det] [place]] the [people] [carry|clean|count|lend|mend] it "
+        "[gladly|with care|for money|to [det] [place]].",
     ),
     "land": (
         "The [place]s [there|of the land] are [adj] and [adj][|, and the [people] [feel] them].",
         "[In the [time]|Every [time]] the [people] [walk|run|ride|travel|hurry|wander] "
-        "[to the [place]|past the [adj] [place]s] there.",
+        "[to [det] [place]|past [det] [adj] [place]s] there.",
         "[The|Some|Many] [people] [of the land|there] [feel] [the [place]|a [adj] [noun]|the [time]].",
     ),
 }
