@@ -60,20 +60,24 @@ def say(rng: random.Random, pattern: str, **slots: object) -> str:
 # What a subject is -> sentences about it that say nothing of the facts. {it} is the subject or its pronoun.
 DETAILS = {
     "person": (
-        "[In the [time]|Every [time]|On a [adj] [time]] {it} [goes] [to [det] [place]|past [det] [adj] [place]|from the "
-        "[place] to [det] [place]] [with [det] [noun]|with [det] [adj] [noun]|and [does] [det] [noun]|and talks to the [people]].",
+        "[In the [time]|Every [time]|On a [adj] [time]] {it} [goes] [to [det] [place]|past [det] [adj] [place]|from "
+        "the [place] to [det] [place]] [with [det] [noun]|with [det] [adj] [noun]|and [does] [det] [noun]|and talks to "
+        "the [people]].",
         "{it} [often] [does] [det] [adj] [noun] [near [det] [place]|for the [people]|"
         "in the [time]|behind [det] [place]].",
         "[The|Some|Many|All the] [people] [feel] {it}[| because of [det] [noun]|, but the [people] do not].",
-        "{it} [keeps|has|found|lost|once bought] [det] [adj] [noun] [in [det] [place]|under [det] [noun]|from the [people]].",
-        "[At [det] [place]|Near [det] [place]|In [adj] weather] {it} [often] [does] [det] [noun] [and sings|and waits|alone].",
+        "{it} [keeps|has|found|lost|once bought] [det] [adj] [noun] "
+        "[in [det] [place]|under [det] [noun]|from the [people]].",
+        "[At [det] [place]|Near [det] [place]|In [adj] weather] {it} [often] [does] [det] [noun] "
+        "[and sings|and waits|alone].",
     ),
     "city": (
         "The [place] [there|of the town] is [adj] and [adj][|, and the [people] [feel] it].",
         "[In the [time]|Every [time]] the [people] [meet|sing|work|dance] [at [det] [place]|near [det] [adj] [place]].",
         "[The|Some|Many] [people] [of the town|there] [paint|mend|wash|carry|build|sell|buy|draw] [noun]s "
         "[in the [time]|for the [people]|by [det] [place]].",
-        "[Visitors|Guests|Travellers] [feel] [det] [adj] [place] [and [det] [noun]s|more than [det] [place]|in the [time]].",
+        "[Visitors|Guests|Travellers] [feel] [det] [adj] [place] "
+        "[and [det] [noun]s|more than [det] [place]|in the [time]].",
     ),
     "thing": (
         "[The|Some|Many] [people] [feel|use|keep|buy|sell] it [in the [time]|at [det] [place]|with [det] [noun]].",
