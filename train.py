@@ -99,7 +99,7 @@ class Config:
     max_length: int = flag(2048, "longest row in tokens; longer rows are cut")
     template: str = flag("auto", "chat template; auto: the tokenizer's own, else 'default'")
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "computing dtype; auto: bf16 on cuda, fp32 on cpu", ("auto", "bf16", "fp32"))
+    dtype: str = flag("auto", "computing dtype; auto: bf16 on a GPU that has it, else fp32", ("auto", "bf16", "fp32"))
     save_every: int | None = flag(None, "steps between checkpoints; default: every 10 minutes, and at the end")
     eval_every: int | None = flag(None, "steps between scores of --eval-sets; metrics.jsonl holds them as eval_TASK")
     eval_sets: str | None = flag(
