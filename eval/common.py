@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.sft import line_of_row, read_rows
+from data.sft import read_rows, row_name
 from data.tokenizer import TextTokenizer
 from eval.statistics import in_words, measure
 from model import Transformer
@@ -190,10 +190,10 @@ def read_items(path: str | Path, parse: Callable[[dict, str], object]) -> list:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has no row, or `path:line: ...` where a row is not a JSON object or `parse` refuses it.
+        ValueError: it has no row; a row is not a JSON object or `parse` refuses it (named as in data.sft.row_name).
     """
-    items = []
-    for number, (line, row) in enumerate(read_rows(path)):
+    items, rows = [], read_rows(path)
+    for number, (_, row) in enumerate(rows):
         try:
             if isinstance(row, ValueError):  # the line is not JSON
                 raise row
@@ -201,7 +201,7 @@ def read_items(path: str | Path, parse: Callable[[dict, str], object]) -> list:
                 raise ValueError(f"expected a JSON object, got {row!r}")
             items.append(parse(row, str(number if row.get("id") is None else row["id"])))
         except ValueError as error:
-            raise ValueError(f"{path}:{line or line_of_row(path, number)}: {error}") from None
+            raise ValueError(f"{row_name(path, number, rows)}: {error}") from None
     if not items:
         raise ValueError(f"{path}: expected at least one row, got none")
     return items

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_cases import arc_row, assert_refused, save_byte_model, save_byte_tokenizer, write_jsonl
+from eval_cases import arc_row, assert_refused, byte_tokenizer, save_byte_model, save_byte_tokenizer, write_jsonl
 
-from eval import arc, gsm8k, math, squad, triviaqa
+from data.sft import load_samples
+from eval import arc, common, gsm8k, math, squad, triviaqa
 from model import Transformer
 from training.lora import add_lora, save_adapter
 
@@ -146,6 +147,27 @@ def test_paths_and_flags_that_cannot_be_used_are_refused_in_one_line(folder, tmp
         flags = {"--model": folder, "--data": data, **changed}
         flags = [part for pair in flags.items() for part in pair]
         assert_refused(capsys, task, flags, fragments)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("rows.jsonl", "{0}\n\n{1}\n", "rows.jsonl:3: id 'x7'"),
+        ("rows.json", "[{0},\n{1}]\n", "rows.json:2: row 2 of 2: id 'x7'"),
+        ("rows.json", "[{0}, {1}]\n", "rows.json: row 2 of 2: id 'x7'"),
+        ("rows.json", "[{0}, 3]", "rows.json: row 2 of 2"),
+        ("rows.jsonl", "{0}\n[", "rows.jsonl:2"),
+    ],
+)
+def test_a_bad_row_is_named_as_in_training(tmp_path, name, text, place):
+    good = {"question": "2?", "answer": "#### 2"}
+    (tmp_path / name).write_text(text.format(json.dumps(good), json.dumps({"id": "x7", "prompt": "Who?"})))
+    with pytest.raises(ValueError) as scored:
+        common.read_items(tmp_path / name, lambda row, id: common.text_field(row, "answer"))
+    assert str(scored.value).startswith(f"{tmp_path / place}: ")
+    with pytest.raises(ValueError) as trained:
+        load_samples(tmp_path / name, byte_tokenizer())
+    assert str(trained.value).startswith(f"{tmp_path / place}: ")
 
 
 @pytest.mark.parametrize(
