@@ -251,7 +251,7 @@ def train_on(
     tokenizer_files(Path(cfg.model))  # a link that the end of the run could not copy is refused now
     template = resolve_template(cfg.template, tokenizer)
     samples, skipped = load_samples(cfg.data, tokenizer, template, cfg.max_length, cfg.skip_bad_rows)
-    check_token_ids(cfg.data, samples, tokenizer, read_config(cfg.model).vocab_size)
+    check_token_ids(cfg.data, (s.input_ids for s in samples), tokenizer, read_config(cfg.model).vocab_size)
     end_id, written = template.end_id, tokenizer.files(template.chat_template)
     del template  # ends the process that renders chat templates
     samples = change_rows(samples) if change_rows else samples

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -404,16 +404,16 @@ def _conversation(row: object) -> Conversation | ValueError:
         return error
 
 
-def check_token_ids(path: str | Path, samples: list[Sample], tokenizer: TextTokenizer, vocab_size: int) -> None:
-    """Refuse rows with a token that the model has no embedding for.
+def check_token_ids(place: str | Path, rows: Iterable[list[int]], tokenizer: TextTokenizer, vocab_size: int) -> None:
+    """Refuse rows of token ids, one of which the model has no embedding for.
 
     Raises:
-        ValueError: the largest id is vocab_size or more.
+        ValueError: the place, the token of the largest id, and both sizes, if that id is vocab_size or more.
     """
-    largest = max(max(sample.input_ids) for sample in samples)
+    largest = max((max(ids) for ids in rows if ids), default=-1)
     if largest >= vocab_size:
         raise ValueError(
-            f"{path}: the token {tokenizer.tokenizer.id_to_token(largest)!r} has id {largest}, but the model embeds "
+            f"{place}: the token {tokenizer.tokenizer.id_to_token(largest)!r} has id {largest}, but the model embeds "
             f"{vocab_size} tokens (the tokenizer has {tokenizer.tokenizer.get_vocab_size()})"
         )
 

@@ -149,6 +149,23 @@ def test_paths_and_flags_that_cannot_be_used_are_refused_in_one_line(folder, tmp
         assert_refused(capsys, task, flags, fragments)
 
 
+@pytest.mark.parametrize("task", [arc, gsm8k])
+def test_a_token_that_the_model_does_not_embed_is_refused_by_name_where_an_item_has_it(tmp_path, capsys, task):
+    folder = save_byte_model(tmp_path / "model")
+    tokenizer = byte_tokenizer().tokenizer
+    tokenizer.add_tokens(["<|new|>"])  # id 258, and the model has 258 rows
+    tokenizer.save(str(folder / "tokenizer.json"))
+    rows = [arc_row(), arc_row("x7", stem="<|new|>?")]
+    if task is gsm8k:
+        rows = [{"question": "2?", "answer": "#### 2"}, {"id": "x7", "question": "<|new|>?", "answer": "#### 2"}]
+    flags = ["--model", folder, "--data", write_jsonl(tmp_path / "rows.jsonl", rows)]
+    flags += ["--max-new-tokens", "2"] if task is gsm8k else []
+    said = "item x7: the token '<|new|>' has id 258, but the model embeds 258 tokens (the tokenizer has 259)"
+    assert_refused(capsys, task, flags, [said])
+    task.main([str(flag) for flag in [*flags, "--limit", "1"]])
+    assert f"{task.__name__.removeprefix('eval.')}: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "text", "place"),
     [

@@ -219,7 +219,8 @@ def test_the_place_of_a_row_has_its_number_in_a_json_list_and_its_line_if_there_
 
 
 def test_a_token_that_the_model_does_not_embed_is_named_with_both_sizes():
-    samples, _ = load([GOOD], template="chatml")
-    sft.check_token_ids("rows.jsonl", samples, TOKENIZER, 132)
+    rows = [sample.input_ids for sample in load([GOOD], template="chatml")[0]]
+    sft.check_token_ids("rows.jsonl", rows, TOKENIZER, 132)
     with pytest.raises(ValueError, match=r"rows.jsonl: the token '<\|im_end\|>' has id 131, but the model embeds 131 "):
-        sft.check_token_ids("rows.jsonl", samples, TOKENIZER, 131)
+        sft.check_token_ids("rows.jsonl", rows, TOKENIZER, 131)
+    sft.check_token_ids("rows.jsonl", [[], []], TOKENIZER, 0)
