@@ -99,7 +99,7 @@ class Config:
     max_length: int = flag(2048, "longest row in tokens; longer rows are cut")
     template: str = flag("auto", "chat template; auto: the tokenizer's own, else 'default'")
     device: str = flag("auto", "where to run", ("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "computing dtype; auto: bf16 on cuda, fp32 on cpu", ("auto", "bf16", "fp32"))
+    dtype: str = flag("auto", "computing dtype; auto: bf16 on a GPU that has it, else fp32", ("auto", "bf16", "fp32"))
     save_every: int | None = flag(None, "steps between checkpoints; default: every 10 minutes, and at the end")
     eval_every: int | None = flag(None, "steps between scores of --eval-sets; metrics.jsonl holds them as eval_TASK")
     eval_sets: str | None = flag(
@@ -252,7 +252,7 @@ def train_on(
     tokenizer_files(Path(cfg.model))  # a link that the end of the run could not copy is refused now
     template = resolve_template(cfg.template, tokenizer)
     samples, skipped = load_samples(cfg.data, tokenizer, template, cfg.max_length, cfg.skip_bad_rows)
-    check_token_ids(cfg.data, samples, tokenizer, read_config(cfg.model).vocab_size)
+    check_token_ids(cfg.data, (s.input_ids for s in samples), tokenizer, read_config(cfg.model).vocab_size)
     end_id, written = template.end_id, tokenizer.files(template.chat_template)
     del template  # ends the process that renders chat templates
     samples = change_rows(samples) if change_rows else samples

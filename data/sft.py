@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +56,36 @@ def read_rows(path: str | Path) -> list[tuple[int | None, object]]:
     return [(None, row) for row in rows]
 
 
-def row_place(path: str | Path, number: int) -> str:
-    """`path:line` of row `number` (0-based) of a file whose rows have been read. Slow: for error messages."""
-    return f"{path}:{read_rows(path)[number][0] or line_of_row(path, number)}"
+def row_place(
+    path: str | Path, number: int, rows: list[tuple[int | None, object]] | None = None, with_file: bool = True
+) -> str:
+    """Where row `number` (0-based) is: `path:line`; in a .json list `path:line: row 2 of 9`. Slow: for error messages.
+
+    The number is all that names a row of a .json list on one line: `path: row 2 of 9`.
+
+    Args:
+        rows:      what read_rows returns; read again without it.
+        with_file: False: `line 7` in place of `path:7`.
+    """
+    rows = read_rows(path) if rows is None else rows
+    line, names = rows[number][0], []
+    if line is None:
+        names = [f"row {number + 1} of {len(rows)}"]
+        has_lines = b"\n" in Path(path).read_bytes().strip()
+        line = line_of_row(path, number) if has_lines else None
+    if with_file:
+        names.insert(0, str(path) if line is None else f"{path}:{line}")
+    elif line is not None:
+        names.insert(0, f"line {line}")
+    return ": ".join(names)
+
+
+def row_name(path: str | Path, number: int, rows: list[tuple[int | None, object]], with_file: bool = True) -> str:
+    """`row_place`, and the row's own id if it has one: `path:line: id 'x7'`."""
+    row = rows[number][1]
+    own_id = row.get("id") if isinstance(row, dict) else None
+    own_id = f": id {own_id!r}" if isinstance(own_id, str | int) else ""
+    return row_place(path, number, rows, with_file) + own_id
 
 
 def _parse_line(raw: bytes) -> object:
@@ -334,30 +361,13 @@ def load_samples(
             first_bad.append((number, result))
     if num_bad and not (skip_bad_rows and samples):
         named = "; ".join(
-            f"{_place(path, number, rows, first=not place)}: {error}" for place, (number, error) in enumerate(first_bad)
+            f"{row_name(path, number, rows, with_file=not place)}: {error}"
+            for place, (number, error) in enumerate(first_bad)
         )
         count = f"{num_bad} of {len(rows)} rows are bad; --skip-bad-rows leaves them out"
         count = "1 row is bad; --skip-bad-rows leaves it out" if num_bad == 1 else count
         raise ValueError(f"{named} ({count if samples else f'all {num_bad} rows are bad'})")
     return samples, num_bad
-
-
-def _place(path: str | Path, number: int, rows: list[tuple[int | None, object]], first: bool) -> str:
-    """Where a row is, the first one with its file.
-
-    A row is named by its line; one of a .json list by its number too, which is all there is in a file of one line.
-    """
-    (line, row), names = rows[number], []
-    if line is None:
-        names = [f"row {number + 1} of {len(rows)}"]
-        has_lines = b"\n" in Path(path).read_bytes().strip()
-        line = line_of_row(path, number) if has_lines else None
-    if first:
-        names.insert(0, str(path) if line is None else f"{path}:{line}")
-    elif line is not None:
-        names.insert(0, f"line {line}")
-    own_id = row.get("id") if isinstance(row, dict) else None
-    return ": ".join(names + ([f"id {own_id!r}"] if isinstance(own_id, str | int) else []))
 
 
 def _encode_rows(rows: list, template: Template, max_length: int, chunk: int = 1024) -> Iterator[Sample | ValueError]:
@@ -394,16 +404,16 @@ def _conversation(row: object) -> Conversation | ValueError:
         return error
 
 
-def check_token_ids(path: str | Path, samples: list[Sample], tokenizer: TextTokenizer, vocab_size: int) -> None:
-    """Refuse rows with a token that the model has no embedding for.
+def check_token_ids(place: str | Path, rows: Iterable[list[int]], tokenizer: TextTokenizer, vocab_size: int) -> None:
+    """Refuse rows of token ids, one of which the model has no embedding for.
 
     Raises:
-        ValueError: the largest id is vocab_size or more.
+        ValueError: the place, the token of the largest id, and both sizes, if that id is vocab_size or more.
     """
-    largest = max(max(sample.input_ids) for sample in samples)
+    largest = max((max(ids) for ids in rows if ids), default=-1)
     if largest >= vocab_size:
         raise ValueError(
-            f"{path}: the token {tokenizer.tokenizer.id_to_token(largest)!r} has id {largest}, but the model embeds "
+            f"{place}: the token {tokenizer.tokenizer.id_to_token(largest)!r} has id {largest}, but the model embeds "
             f"{vocab_size} tokens (the tokenizer has {tokenizer.tokenizer.get_vocab_size()})"
         )
 

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.sft import check_token_ids
 from data.tokenizer import TextTokenizer
 from eval import common, generation
 from model import Transformer
@@ -133,13 +134,16 @@ def evaluate(
     Args:
         batch_tokens: see generation.choice_nll.
     Raises:
-        ValueError: no such protocol, no item is left, or a text is too long for the model's context.
+        ValueError: no such protocol, no item is left, or a text that is too long for the model's context or has a
+            token that it does not embed.
     """
     common.check_protocol(protocol)
     kept = [item for item in items if protocol == "standard" or len(item.choices) == 4]
     if not kept:
         raise ValueError(f"none of the {len(items)} items has exactly four choices")
     choices = [scored_ids(item, tokenizer, model.config.max_position_embeddings, protocol) for item in kept]
+    for item, row in zip(kept, choices, strict=True):
+        check_token_ids(f"item {item.id}", (ids for ids, _ in row), tokenizer, model.config.vocab_size)
     # Equal choices are scored once and so have exactly the same NLL: the first of them wins.
     distinct = [[choice for i, choice in enumerate(row) if choice not in row[:i]] for row in choices]
     sums = generation.choice_nll(model, distinct, batch_tokens)

@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.sft import line_of_row, read_rows
+from data.sft import read_rows, row_name
 from data.tokenizer import TextTokenizer
 from eval.statistics import in_words, measure
 from model import Transformer
 from training.files import check_writable, write_json
 from training.lora import load_adapter
-from training.ranks import Ranks, chosen_device, errors_in_one_line
+from training.ranks import Ranks, chosen_device, chosen_dtype, errors_in_one_line
 from training.run_folder import code_version, device_name
 
 PROTOCOL_NAMES = ("paper", "standard")
@@ -95,7 +95,7 @@ def argument_parser(prog: str, description: str, data: str | None, generates: bo
     add("--protocol", choices=PROTOCOL_NAMES, default="paper", help="the paper's or the field's; default: %(default)s")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is a GPU")
     dtypes = ("auto", "bf16", "fp32")
-    add("--dtype", choices=dtypes, default="auto", help="of weights and activations; auto: bf16 on cuda, fp32 on cpu")
+    add("--dtype", choices=dtypes, default="auto", help="of weights and activations; auto: bf16 on a GPU that has it")
     if not generates:
         add("--batch-tokens", type=positive_int, help="padded tokens of one pass; default: 1024 on cpu, 16384 on cuda")
         return parser
@@ -131,7 +131,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, TextTokenizer]:
 
     Raises:
         FileNotFoundError: a folder or one of its files is missing.
-        ValueError: a file of a folder, or --out, cannot be used.
+        ValueError: a file of a folder, --out or --dtype cannot be used.
     """
     if args.out and Path(args.out).is_dir():
         raise ValueError(f"--out {args.out}: expected a file name, got a folder")
@@ -141,8 +141,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, TextTokenizer]:
         raise FileNotFoundError(f"--model {args.model}: no such folder (`python train.py` makes the default one)")
     if args.adapter and not Path(args.adapter).is_dir():
         raise FileNotFoundError(f"--adapter {args.adapter}: no such folder")
-    if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+    args.dtype = chosen_dtype(args.dtype, args.device)
     tokenizer = TextTokenizer.from_pretrained(args.model)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = Transformer.from_pretrained(args.model, dtype=dtype, device=args.device)
@@ -191,10 +190,10 @@ def read_items(path: str | Path, parse: Callable[[dict, str], object]) -> list:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has no row, or `path:line: ...` where a row is not a JSON object or `parse` refuses it.
+        ValueError: it has no row; a row is not a JSON object or `parse` refuses it (named as in data.sft.row_name).
     """
-    items = []
-    for number, (line, row) in enumerate(read_rows(path)):
+    items, rows = [], read_rows(path)
+    for number, (_, row) in enumerate(rows):
         try:
             if isinstance(row, ValueError):  # the line is not JSON
                 raise row
@@ -202,7 +201,7 @@ def read_items(path: str | Path, parse: Callable[[dict, str], object]) -> list:
                 raise ValueError(f"expected a JSON object, got {row!r}")
             items.append(parse(row, str(number if row.get("id") is None else row["id"])))
         except ValueError as error:
-            raise ValueError(f"{path}:{line or line_of_row(path, number)}: {error}") from None
+            raise ValueError(f"{row_name(path, number, rows)}: {error}") from None
     if not items:
         raise ValueError(f"{path}: expected at least one row, got none")
     return items

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from data.sft import Sample, load_samples
+from data.sft import Sample, check_token_ids, load_samples
 from data.tokenizer import TextTokenizer
 from eval.common import over_ranks
-from model import Transformer
+from model import Transformer, read_config
 from qtuning import sample_entropy, sample_perplexity
 from training.packing import packs
 from training.scoring import score
@@ -27,7 +27,7 @@ def read_eval_sets(cfg, tokenizer: TextTokenizer) -> dict[str, tuple]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: there is no set, no such task, or a row is unusable.
+        ValueError: there is no set, no such task, or a row is unusable or has a token that the model does not embed.
     """
     sets = {}
     if cfg.eval_every:
@@ -40,6 +40,7 @@ def read_eval_sets(cfg, tokenizer: TextTokenizer) -> dict[str, tuple]:
                 raise ValueError(f"--eval-sets: expected TASK=FILE with TASK one of {', '.join(tasks)}, got {part!r}")
             if task == "rows":
                 evaluate, items = None, load_samples(path, tokenizer, cfg.template, cfg.max_length)[0]
+                check_token_ids(path, (s.input_ids for s in items), tokenizer, read_config(cfg.model).vocab_size)
             else:
                 benchmark = importlib.import_module(f"eval.{task}")
                 evaluate, items = benchmark.evaluate, benchmark.read_items(path)

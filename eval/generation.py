@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.sft import check_token_ids
 from data.tokenizer import TextTokenizer
 from eval.common import Protocol, check_protocol, how, over_ranks, prompt_id, result
 from model import Attend, Transformer, attention, visible
@@ -227,7 +228,7 @@ def generate_texts(
         prompts: pairs of item id and text.
         stop:    a string that is a token of the vocabulary, such as <|im_end|>, ends a completion like EOS.
     Raises:
-        ValueError: a prompt leaves no room for a new token.
+        ValueError: a prompt leaves no room for a new token, or has one that the model does not embed.
     """
     context, device = model.config.max_position_embeddings, model.lm_head.weight.device
     ids = [tokenizer.encode(text) for _, text in prompts]
@@ -237,6 +238,7 @@ def generate_texts(
             raise ValueError(
                 f"item {name}: its prompt of {len(row)} tokens leaves no room in the model's context of {context}"
             )
+        check_token_ids(f"item {name}", [row], tokenizer, model.config.vocab_size)
     # Only rows with the same limit share a batch, so that no result depends on the lengths of other rows.
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # and so by limit, the largest first
     groups = []

@@ -269,7 +269,7 @@ def values_of(args, model: Transformer, tokenizer: TextTokenizer, autocast) -> t
         targets = []
         for path in args.targets:
             rows = load_samples(path, tokenizer, args.template, args.max_length)[0]
-            check_token_ids(path, rows, tokenizer, model.config.vocab_size)
+            check_token_ids(path, (row.input_ids for row in rows), tokenizer, model.config.vocab_size)
             targets.append(torch.stack([sketch.feature(model, row, autocast, adam=False) for row in rows]))
 
         def less(samples):
@@ -305,7 +305,7 @@ def score_file(args) -> None:
         check_varlen()
     tokenizer = TextTokenizer.from_pretrained(args.model)
     samples, _ = load_samples(args.data, tokenizer, args.template, args.max_length, args.skip_bad_rows)
-    check_token_ids(args.data, samples, tokenizer, read_config(args.model).vocab_size)
+    check_token_ids(args.data, (s.input_ids for s in samples), tokenizer, read_config(args.model).vocab_size)
     rows_by_id(args.data)
     folder = Path(args.scores)
     keys = ("model", "adapter", "data", "template", "max_length")

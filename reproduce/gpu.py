@@ -44,7 +44,7 @@ from training.files import read_json, write_json
 from training.head import HeadLoss, TokenLoss, head_nll_and_entropy
 from training.lora import add_lora
 from training.packing import pack
-from training.ranks import chosen_device, errors_in_one_line
+from training.ranks import chosen_device, chosen_dtype, errors_in_one_line
 from training.run_folder import code_version, device_name
 from training.scoring import score
 
@@ -430,6 +430,21 @@ def swept(report: Report, key: str, sizes: dict, choices: Iterable, work: Callab
 # ------------------------------------------------------------------------------------------- command
 
 PARTS = {"correct": correct, "trains": trains, "speed": speed, "step": step, "tiles": tiles}
+IN_FP32_TOO = ("trains", "step")  # train.py chooses the dtype of these; the others are about bf16
+
+
+def check_bf16(parts: list[str], kind: str) -> None:
+    """Refuse parts about bf16 on a GPU without it.
+
+    Raises:
+        ValueError: the parts, and those that run there.
+    """
+    refused = [part for part in parts if part not in IN_FP32_TOO]
+    if refused and kind == "cuda" and chosen_dtype("auto", kind) != "bf16":
+        raise ValueError(
+            f"--parts {' '.join(refused)}: expected a GPU that computes in bf16 (compute capability 8.0 or newer), got "
+            f"{torch.cuda.get_device_name()}; --parts {' '.join(IN_FP32_TOO)} runs on it, in fp32"
+        )
 
 
 def table(found: dict) -> str:
@@ -458,6 +473,7 @@ def main(argv: list[str] | None = None) -> None:
             found = read_json(args.out)
         else:
             kind = chosen_device(args.device)
+            check_bf16(args.parts, kind)
             report = Report(torch.device(kind, 0) if kind == "cuda" else torch.device("cpu"), args.out)
             for part in tqdm(args.parts, desc="gpu checks", disable=not sys.stderr.isatty()):
                 with report.attempt(part):

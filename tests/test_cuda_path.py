@@ -13,6 +13,7 @@ import model as model_file
 import train
 from data.sft import load_samples
 from data.tokenizer import TextTokenizer
+from eval import arc, gsm8k
 from model import ModelConfig, Transformer
 from pruners import score_rows
 from training import checkpoint as checkpoint_file
@@ -194,7 +195,8 @@ def test_a_rank_that_keeps_nothing_gives_zero_gradients(folders, kind, gpu):
 WHATS = ["base_nll", "rating", "embedding"]
 
 
-def side_files(checkpoint, rows, out, monkeypatch, whats):
+def dtypes_of_weights(monkeypatch):
+    """A list that gets the dtype of each model that is read from here on."""
     read, dtypes = Transformer.from_pretrained.__func__, []
 
     def watched(cls, *args, dtype=torch.float32, **kwargs):
@@ -202,6 +204,11 @@ def side_files(checkpoint, rows, out, monkeypatch, whats):
         return read(cls, *args, dtype=dtype, **kwargs)
 
     monkeypatch.setattr(Transformer, "from_pretrained", classmethod(watched))
+    return dtypes
+
+
+def side_files(checkpoint, rows, out, monkeypatch, whats):
+    dtypes = dtypes_of_weights(monkeypatch)
     for what in whats:
         argv = [what, "--model", checkpoint, "--data", rows, "--scores", out / "side"]
         argv += ["--warmup", out / "warmup", "--targets", rows] if what == "less" else []
@@ -218,6 +225,41 @@ def test_side_files(checkpoint, rows, tmp_path, monkeypatch, gpu):
 def test_side_files_of_the_slow_kinds(checkpoint, rows, tmp_path, monkeypatch, gpu):
     run(checkpoint, rows, tmp_path / "warmup", "--lora-rank", "2", "--sample-pruner", "none", "--max-steps", "1")
     side_files(checkpoint, rows, tmp_path, monkeypatch, ["complexity", "quality", "cond_gain", "less"])
+
+
+BENCHMARKS = [(arc, []), (gsm8k, ["--max-new-tokens", "2"])]
+
+
+def benchmark(task, folder, out, *flags):
+    """Score two items, without --device and --dtype unless in the flags; the dtype that the result file names."""
+    rows = TINY / f"{task.__name__.removeprefix('eval.')}_test.jsonl"
+    argv = ["--model", folder, "--data", rows, "--limit", 2, "--out", out, *flags]
+    task.main([str(arg) for arg in argv])
+    return json.loads(out.read_text())["dtype"]
+
+
+@pytest.mark.parametrize(("task", "flags"), BENCHMARKS)
+def test_benchmarks_compute_in_bf16_where_the_gpu_has_it(folders, tmp_path, monkeypatch, task, flags, gpu):
+    dtypes = dtypes_of_weights(monkeypatch)
+    assert benchmark(task, folders["llama"], tmp_path / "out.json", *flags) == "bf16"
+    assert dtypes == [torch.bfloat16] and {dtype for dtype, _ in Cuda.attended} == {torch.bfloat16}
+
+
+def test_a_gpu_without_bf16_trains_and_scores_in_fp32(folders, rows, tmp_path, monkeypatch, capsys, gpu):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    dtypes = dtypes_of_weights(monkeypatch)
+    run(folders["llama"], rows, tmp_path / "run", *LORA, "--max-steps", "1")
+    for task, flags in BENCHMARKS:
+        assert benchmark(task, folders["llama"], tmp_path / "out.json", *flags) == "fp32"
+    argv = ["base_nll", "--model", folders["llama"], "--data", rows, "--scores", tmp_path / "side"]
+    score_rows.main([str(arg) for arg in argv])
+    assert dtypes == [torch.float32] * 4
+    assert {dtype for dtype, _ in Cuda.attended} == {torch.float32} and not Cuda.autocasts
+    assert not Cuda.calls.get("torch_attn._varlen_attn.default")
+    with pytest.raises(SystemExit) as end:
+        benchmark(arc, folders["llama"], tmp_path / "out.json", "--dtype", "bf16")
+    assert end.value.code == 2
+    assert "eval.arc: --dtype bf16: a pretended GPU does not compute in bf16" in capsys.readouterr().err
 
 
 def waits(folder, rows, out, *flags):

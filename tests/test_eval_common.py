@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_cases import arc_row, assert_refused, save_byte_model, save_byte_tokenizer, write_jsonl
+from eval_cases import arc_row, assert_refused, byte_tokenizer, save_byte_model, save_byte_tokenizer, write_jsonl
 
-from eval import arc, gsm8k, math, squad, triviaqa
+from data.sft import load_samples
+from eval import arc, common, gsm8k, math, squad, triviaqa
 from model import Transformer
 from training.lora import add_lora, save_adapter
 
@@ -146,6 +147,44 @@ def test_paths_and_flags_that_cannot_be_used_are_refused_in_one_line(folder, tmp
         flags = {"--model": folder, "--data": data, **changed}
         flags = [part for pair in flags.items() for part in pair]
         assert_refused(capsys, task, flags, fragments)
+
+
+@pytest.mark.parametrize("task", [arc, gsm8k])
+def test_a_token_that_the_model_does_not_embed_is_refused_by_name_where_an_item_has_it(tmp_path, capsys, task):
+    folder = save_byte_model(tmp_path / "model")
+    tokenizer = byte_tokenizer().tokenizer
+    tokenizer.add_tokens(["<|new|>"])  # id 258, and the model has 258 rows
+    tokenizer.save(str(folder / "tokenizer.json"))
+    rows = [arc_row(), arc_row("x7", stem="<|new|>?")]
+    if task is gsm8k:
+        rows = [{"question": "2?", "answer": "#### 2"}, {"id": "x7", "question": "<|new|>?", "answer": "#### 2"}]
+    flags = ["--model", folder, "--data", write_jsonl(tmp_path / "rows.jsonl", rows)]
+    flags += ["--max-new-tokens", "2"] if task is gsm8k else []
+    said = "item x7: the token '<|new|>' has id 258, but the model embeds 258 tokens (the tokenizer has 259)"
+    assert_refused(capsys, task, flags, [said])
+    task.main([str(flag) for flag in [*flags, "--limit", "1"]])
+    assert f"{task.__name__.removeprefix('eval.')}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("rows.jsonl", "{0}\n\n{1}\n", "rows.jsonl:3: id 'x7'"),
+        ("rows.json", "[{0},\n{1}]\n", "rows.json:2: row 2 of 2: id 'x7'"),
+        ("rows.json", "[{0}, {1}]\n", "rows.json: row 2 of 2: id 'x7'"),
+        ("rows.json", "[{0}, 3]", "rows.json: row 2 of 2"),
+        ("rows.jsonl", "{0}\n[", "rows.jsonl:2"),
+    ],
+)
+def test_a_bad_row_is_named_as_in_training(tmp_path, name, text, place):
+    good = {"question": "2?", "answer": "#### 2"}
+    (tmp_path / name).write_text(text.format(json.dumps(good), json.dumps({"id": "x7", "prompt": "Who?"})))
+    with pytest.raises(ValueError) as scored:
+        common.read_items(tmp_path / name, lambda row, id: common.text_field(row, "answer"))
+    assert str(scored.value).startswith(f"{tmp_path / place}: ")
+    with pytest.raises(ValueError) as trained:
+        load_samples(tmp_path / name, byte_tokenizer())
+    assert str(trained.value).startswith(f"{tmp_path / place}: ")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 import json
 import math
+import shutil
 from contextlib import nullcontext
 
 import pytest
 import torch
-from train_runs import ROOT, assert_same_weights, run
+from train_runs import ROOT, assert_same_weights, refused, run
 
 import qtuning
 from data.sft import load_samples
@@ -68,3 +69,17 @@ def test_the_scores_of_held_out_rows_are_those_of_full_logits(checkpoint, held_o
     samples = load_samples(held_out, TextTokenizer.from_pretrained(checkpoint))[0]
     found = during.rows_scores(model, samples, pass_tokens, nullcontext())
     assert found == pytest.approx(scored_from_scratch(model, samples), rel=1e-5)
+
+
+def test_held_out_rows_with_a_token_that_the_model_does_not_embed_are_refused(checkpoint, rows, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    tokenizer = TextTokenizer.from_pretrained(folder).tokenizer
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    held_out = tmp_path / "rows.json"
+    held_out.write_text(json.dumps([{"prompt": "And <|new|>?", "response": "Red."}]))
+    flags = ["--eval-every", 1, "--eval-sets", f"rows={held_out}", "--max-steps", 1, "--template", "default"]
+    message = refused(capsys, "--model", folder, "--data", rows, "--out", tmp_path / "run", *flags)
+    assert f"{held_out}: the token '<|new|>' has id {size}, but the model embeds {size} tokens" in message

@@ -74,6 +74,25 @@ def test_on_a_gpu_a_mistake_in_attention_fails_a_check(tmp_path, monkeypatch, mi
     assert bool(Cuda.calls.get("torch_attn._varlen_attn.default")) == ("varlen kernels" not in fails)
 
 
+def test_parts_about_bf16_are_refused_on_a_gpu_without_it(tmp_path, monkeypatch, capsys, gpu):
+    ran = []
+    parts = {part: lambda report, part=part: ran.append(part) for part in checks.PARTS}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    flags = ["--out", str(tmp_path / "gpu.json"), "--parts"]
+    with mock.patch.dict(checks.PARTS, parts):
+        with pytest.raises(SystemExit) as end:
+            checks.main([*flags, "trains", "speed", "tiles"])
+        assert end.value.code == 2 and ran == []
+        said = capsys.readouterr().err
+        assert said.startswith("reproduce.gpu: --parts speed tiles: expected a GPU that computes in bf16")
+        assert said.endswith("got a pretended GPU; --parts trains step runs on it, in fp32\n") and said.count("\n") == 1
+        checks.main([*flags, "trains", "step"])
+        assert ran == ["trains", "step"]
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+        checks.main([*flags, "trains", "speed"])
+        assert ran[2:] == ["trains", "speed"]
+
+
 def test_operations_are_those_of_the_products_counted_one_by_one():
     """Against torch's own counter; in bf16, since it does not see the product that is summed in place."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -3,19 +3,22 @@
 import dataclasses
 import importlib.util
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.run import get_args_parser
 
 import pruners
 import qtuning
 import train
 from model import Transformer
-from reproduce import choices, efficiency, memory, packing, quickstart, report, selection
+from reproduce import choices, efficiency, gpu, memory, packing, quickstart, report, selection
 from training.files import read_json, read_jsonl
+from training.memory import peak_bytes
 
 ROOT = Path(train.__file__).parent
 RESULTS = ROOT / "reproduce" / "results"
@@ -114,7 +117,8 @@ def test_flags_exist():
     for folder in ("pruners", "eval", "reproduce", "data"):
         for source in (ROOT / folder).glob("*.py"):
             flags |= set(re.findall(r'"(--[a-z-]+)"', source.read_text(encoding="utf-8")))
-    elsewhere = {"--help", "--nproc_per_node", "--standalone", "--nnodes", "--node_rank", "--rdzv_endpoint"}
+    elsewhere = {"--help", "--nproc_per_node", "--standalone", "--nnodes", "--node_rank"}
+    elsewhere |= {"--rdzv_endpoint", "--rdzv_backend"}
     named = {flag for text in PAGES.values() for flag in re.findall(r"--[a-z][a-z0-9_-]+", text)}
     assert named - flags - elsewhere == set()
 
@@ -124,6 +128,49 @@ def test_modules_that_commands_run_exist():
     modules |= {name for text in PAGES.values() for name in re.findall(r"(?:torchrun|\d) -m ([\w.]+)", text)}
     assert {"reproduce.quickstart", "pruners.score_rows", "eval.gsm8k"} <= modules
     assert [name for name in modules - {"venv"} if importlib.util.find_spec(name) is None] == []
+
+
+def test_torchrun_takes_the_command_for_several_machines():
+    text = section(page("COST.md"), "Several devices and machines")
+    (command,) = re.findall(r"^torchrun (.*) \.\.\.$", text, re.MULTILINE)
+    args = get_args_parser().parse_args(shlex.split(command))
+    assert (args.nnodes, args.nproc_per_node, args.rdzv_backend) == ("2", "8", "c10d")
+    assert args.training_script == "train.py" and args.training_script_args == ["--out", "DIR"]
+    fixed = get_args_parser().parse_args([*shlex.split("--rdzv_backend=static --node_rank=1"), "train.py"])
+    assert "`--rdzv_backend=static --node_rank=N`" in text and (fixed.rdzv_backend, fixed.node_rank) == ("static", 1)
+
+
+def test_pages_say_that_no_gpu_has_run_this_as_long_as_no_result_is_from_one():
+    devices = {
+        device
+        for path in RESULTS.glob("*.json")
+        for device in re.findall(r'"device(?:_name)?": "([^"]*)"', path.read_text(encoding="utf-8"))
+    }
+    assert devices and all(re.fullmatch(r"\d+ cpu cores", device) for device in devices)
+    for text in (README, page("COST.md"), page("MODELS.md")):
+        words = " ".join(text.split())
+        assert "No line of the CUDA path has run on a real GPU" in words and "`python -m reproduce gpu" in words
+
+
+def test_what_the_check_of_a_gpu_reports_is_what_docs_say():
+    source = (ROOT / "reproduce" / "gpu.py").read_text(encoding="utf-8")
+    words = " ".join(section(page("COST.md"), "On a GPU").split())
+    for finding in ("two backward passes are bit-equal", "the resumed run is bit-equal"):
+        assert f'{finding}"' in source and finding in words
+    (parts,) = re.findall(r"`--parts ([a-z ]+)`", words)
+    assert tuple(parts.split()) == gpu.IN_FP32_TOO
+
+
+def test_the_models_that_eight_gpus_hold_are_those_of_the_formula():
+    held = {
+        name
+        for name, cfg in memory.MODELS.items()
+        if peak_bytes(cfg, memory.TOKENS, memory.SHARDED, ranks=memory.RANKS, shard=True) < 80 * 2**30
+    }
+    assert "GPUs of 80 GiB hold the full tuning of 7B to 14B, but not that of Qwen3-32B" in " ".join(
+        section(page("COST.md"), "Memory").split()
+    )
+    assert memory.MODELS.keys() - held == {"Qwen3-32B"}
 
 
 # ------------------------------------------------------------------------------------------ choices

@@ -205,8 +205,22 @@ def test_a_row_of_a_json_list_is_named_by_its_number_and_id_and_by_its_line_if_t
         sft.load_samples(path, TOKENIZER)
 
 
+def test_the_place_of_a_row_has_its_number_in_a_json_list_and_its_line_if_there_are_lines(tmp_path):
+    rows = [GOOD, GOOD | {"id": "x7"}]
+    lines = write(tmp_path, rows)
+    lists = write(tmp_path, rows, "lists.json")
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps(rows) + "\n")
+    assert [sft.row_place(path, 1) for path in (lines, lists, one)] == [
+        f"{lines}:2",
+        f"{lists}:6: row 2 of 2",
+        f"{one}: row 2 of 2",
+    ]
+
+
 def test_a_token_that_the_model_does_not_embed_is_named_with_both_sizes():
-    samples, _ = load([GOOD], template="chatml")
-    sft.check_token_ids("rows.jsonl", samples, TOKENIZER, 132)
+    rows = [sample.input_ids for sample in load([GOOD], template="chatml")[0]]
+    sft.check_token_ids("rows.jsonl", rows, TOKENIZER, 132)
     with pytest.raises(ValueError, match=r"rows.jsonl: the token '<\|im_end\|>' has id 131, but the model embeds 131 "):
-        sft.check_token_ids("rows.jsonl", samples, TOKENIZER, 131)
+        sft.check_token_ids("rows.jsonl", rows, TOKENIZER, 131)
+    sft.check_token_ids("rows.jsonl", [[], []], TOKENIZER, 0)
