@@ -164,7 +164,7 @@ TINY = {
     "model": str(HERE / "data" / "tiny" / "base"),
     "data": str(HERE / "data" / "tiny" / "sft.json"),
     "lora_rank": 0,
-    "lr": 3e-4,
+    "lr": 1e-3,
     "max_length": 512,
     "grad_accum": 16,
     "epochs": 1.0,

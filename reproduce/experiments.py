@@ -142,15 +142,15 @@ METHODS = {  # name -> flags at a budget
     "as printed": qtuning,
     "Q1 barred": lambda budget, *more: qtuning(budget, *BARRED, *more),
 }
-RATES = (1 / 3, 1.0, 3.0)  # factors of the preset's learning rate
+RATES = (0.3, 1.0, 2.0)  # factors of the preset's learning rate
 FULL_DATA = row("Random", "Random", "100x100")
-WHOLE, TRIMMED = ("12.5x100", "25x100", "50x100"), ("12.5x50", "25x50", "50x50")
+WHOLE = ("12.5x100", "25x100", "50x100")
 NOISE_SHARES = ("0", "0.15", "0.3", "0.45", "0.6")
 NOISE_KINDS = ("wrong", "swapped", "garbled", "gibberish", "truncated")
 NOISY = tuple(f"noise-all-{share}" for share in NOISE_SHARES if share != "0.3")  # 0.3: the embedded rows themselves
 NOISY += tuple(f"noise-{kind}-0.3" for kind in NOISE_KINDS)
 
-BEYOND = ("spread", "rates", *NOISY)  # experiments of the embedded default alone
+BEYOND = ("spread", "rates", "front", *NOISY)  # experiments of the embedded default alone
 
 
 def at_rate(flags: Flags, factor: float) -> Flags:
@@ -158,13 +158,13 @@ def at_rate(flags: Flags, factor: float) -> Flags:
 
 
 def at_budgets(budgets: tuple[str, ...], rates: tuple[float, ...] = (1.0,)) -> Sections:
-    """Rows of every method at each budget and rate; `entropy` has no token pruner and is left out of trimmed ones."""
-    found = {"": {f"full data, rate x{factor:.3g}": at_rate(FULL_DATA, factor) for factor in rates}}
+    """Rows of full data, and of every method at each budget, at each rate; `entropy` at one budget of whole answers."""
+    found = {"": {f"full data, rate x{factor:g}": at_rate(FULL_DATA, factor) for factor in rates}}
     for budget in budgets:
         found[budget] = {
-            f"{name}, rate x{factor:.3g}": at_rate(method(budget), factor)
+            f"{name}, rate x{factor:g}": at_rate(method(budget), factor)
             for name, method in METHODS.items()
-            if name != "entropy" or budget.endswith("x100")
+            if name != "entropy" or budget == WHOLE[1]
             for factor in rates
         }
     return found
@@ -282,8 +282,9 @@ EXPERIMENTS = {
         "Noise between seeds", (EMBEDDED,), WIZARD, {"12.5x50": {"random": METHODS["random"]("12.5x50")}}
     ),
     "rates": Experiment(
-        "Every method at three learning rates", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, *TRIMMED), RATES)
+        "Every method at three learning rates", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"), RATES)
     ),
+    "front": Experiment("What pruning pays", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"))),
     **{name: Experiment(f"Rows of {name}", (EMBEDDED,), name, at_budgets(WHOLE[:2])) for name in NOISY},
     "pairings": Experiment(
         "Every sample pruner with every token pruner",
