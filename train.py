@@ -159,14 +159,16 @@ class Config:
 
 
 # The embedded default: without --model these take the place of Config's defaults. A model this small is tuned whole, on
-# short rows, with steps of 128 of them.
+# short rows, with steps of 160 of them: random pruning of samples and tokens at 12.5 % x 50 % leaves 550 answer tokens a
+# step. Of 1e-4, 3e-4 and 1e-3 the rate is the one at which that pruning has the lowest loss on validation rows, and the
+# smallest spread over seeds.
 TINY = {
     "model": str(HERE / "data" / "tiny" / "base"),
     "data": str(HERE / "data" / "tiny" / "sft.json"),
     "lora_rank": 0,
-    "lr": 1e-3,
+    "lr": 1e-4,
     "max_length": 512,
-    "grad_accum": 16,
+    "grad_accum": 20,
     "epochs": 1.0,
     "eval_sets": ",".join(f"{task}={HERE / 'data' / 'tiny' / task}_test.jsonl" for task in ("arc", "gsm8k")),
 }

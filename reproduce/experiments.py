@@ -142,7 +142,7 @@ METHODS = {  # name -> flags at a budget
     "as printed": qtuning,
     "Q1 barred": lambda budget, *more: qtuning(budget, *BARRED, *more),
 }
-RATES = (0.3, 1.0, 2.0)  # factors of the preset's learning rate
+RATES = (0.3, 1.0, 3.0)  # factors of the preset's learning rate
 FULL_DATA = row("Random", "Random", "100x100")
 WHOLE = ("12.5x100", "25x100", "50x100")
 NOISE_SHARES = ("0", "0.15", "0.3", "0.45", "0.6")

@@ -1,4 +1,4 @@
-"""The embedded default, tuned with Q-Tuning and scored before and after.
+"""The embedded default, tuned with Q-Tuning and with random pruning at the same budget, and scored before and after.
 
     python -m reproduce.quickstart [--out runs/default] [--seed 0]
 
@@ -9,7 +9,6 @@ interrupted run is continued by the same command.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,51 +18,49 @@ from data.sft import Sample, load_samples
 from data.tokenizer import TextTokenizer
 from eval import arc, gsm8k
 from eval.common import errors_in_one_line
+from eval.during import rows_scores
 from model import Transformer
 from qtuning import IGNORE_INDEX, Quadrant
-from training.files import read_json, read_jsonl, write_json, write_text
-from training.scoring import score
+from training.files import read_json, read_jsonl, write_json
 
 TINY = Path(train.TINY["data"]).parent
+NOISE = ("wrong", "swapped", "garbled", "gibberish", "truncated")  # the kinds of noise that data/tiny/make.py plants
+KINDS = ("clean", "redundant", "corrected", "padded", *NOISE)
 GROUPS = ("learned", "corrected", "retained")  # of test items, by the beginning of their ids
-KINDS = ("clean", "padded", "misconception", "known", "wrong")  # the kinds of rows that data/tiny/make.py plants
+METHODS = {  # name -> flags of train.py
+    "Q-Tuning": (),
+    "random": ("--sample-pruner", "random", "--token-pruner", "random"),
+}
 
 
 # --------------------------------------------------------------------------------------------- scoring
 
 
-def scores(folder: Path, scratch: Path) -> dict:
-    """Accuracy on the embedded tests (percent, with 95 % intervals), and the loss on their right answers."""
+def group_scores(results: dict[str, dict], groups: tuple[str, ...]) -> dict[str, tuple[float, int]]:
+    """(percent correct, number of items) of each group over all tasks.
+
+    Args:
+        results: task -> result of a benchmark. An item belongs to the group that its id begins with.
+    """
+    found = {}
+    for group in groups:
+        items = [item for result in results.values() for item in result["items"]]
+        correct = [item["correct"] for item in items if item["id"].startswith(f"{group}-")]
+        if correct:
+            found[group] = (round(100 * sum(correct) / len(correct), 4), len(correct))
+    return found
+
+
+def scores(folder: Path) -> dict:
+    """Percent correct and number of items of each group of test items, and the loss on held-out rows."""
     model, tokenizer = Transformer.from_pretrained(folder).eval(), TextTokenizer.from_pretrained(folder)
     results = {
         "arc": arc.evaluate(model, tokenizer, arc.read_items(TINY / "arc_test.jsonl")),
-        "gsm8k": gsm8k.evaluate(model, tokenizer, gsm8k.read_items(TINY / "gsm8k_test.jsonl"), max_new_tokens=96),
+        "gsm8k": gsm8k.evaluate(model, tokenizer, gsm8k.read_items(TINY / "gsm8k_test.jsonl"), max_new_tokens=128),
     }
-    nll, _, loss_mask = score(model, heldout_samples(tokenizer, scratch), 4096, nullcontext())
-    kept = {task: {key: r[key] for key in ("score", "n", "interval95")} for task, r in results.items()}
-    return {**kept, "heldout_loss": (nll.sum() / loss_mask.sum()).item()}
-
-
-def heldout_rows() -> list[dict]:
-    """The tests' questions with their right answers, worded as the rows of the training data."""
-    return [
-        {"prompt": item.question, "response": item.choices[item.gold]}
-        for item in arc.read_items(TINY / "arc_test.jsonl")
-    ] + [
-        {
-            "prompt": f"{item.question}\nLet's think step by step",
-            "response": f"{' '.join(item.rationale.split())} The answer is {item.gold}.",
-        }
-        for item in gsm8k.read_items(TINY / "gsm8k_test.jsonl")
-    ]
-
-
-def heldout_samples(tokenizer: TextTokenizer, scratch: Path) -> list[Sample]:
-    """`heldout_rows` tokenised; they are written into `scratch`, since rows are read from files."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    path = scratch / "heldout.jsonl"
-    write_text(path, "".join(json.dumps(row) + "\n" for row in heldout_rows()))
-    return load_samples(path, tokenizer)[0]
+    samples, _ = load_samples(TINY / "heldout_test.json", tokenizer)
+    loss = rows_scores(model, samples, 4096, nullcontext())["rows_nll"]
+    return {**group_scores(results, GROUPS), "heldout_loss": loss}
 
 
 # ---------------------------------------------------------------------------------- what was selected
@@ -119,9 +116,15 @@ def in_boilerplate(pieces: list[str], boilerplate: list[str]) -> list[bool]:
 # ---------------------------------------------------------------------------------------------- report
 
 
+def noise_share(plants: dict[str, dict], of: str) -> float:
+    """The share of noise among the samples that were `seen` or `kept`."""
+    return sum(plants[kind].get(of, 0) for kind in NOISE) / sum(row.get(of, 0) for row in plants.values())
+
+
 def report(result: dict) -> str:
-    """What was selected, and at the end the eight lines of `summary`."""
-    total, lines = result["total"], ["", "source of the kept samples"]
+    """What Q-Tuning selected, and at the end the eight lines of `summary`."""
+    ours = result["runs"]["Q-Tuning"]
+    total, lines = ours["total"], ["", "source of the samples that Q-Tuning kept"]
     for name, key in (
         ("Q2, trimmed", "kept_q2"),
         ("Q4, whole", "kept_q4"),
@@ -130,7 +133,7 @@ def report(result: dict) -> str:
     ):
         lines.append(f"  {name:17} {total[key]:5,}  {total[key] / total['samples_kept']:6.1%}")
     lines += ["", "planted kind      seen      Q1     Q2     Q3     Q4  between     kept"]
-    for kind, row in result["plants"].items():
+    for kind, row in ours["plants"].items():
         names = ("HARMFUL_NOISE", "VALUABLE_MISCONCEPTION", "REDUNDANT_KNOWLEDGE", "CALIBRATION_DATA", "BETWEEN")
         shares = [row.get(name, 0) / row["seen"] for name in names]
         cells = " ".join(f"{share:6.1%}" for share in shares[:4])
@@ -147,65 +150,76 @@ def report(result: dict) -> str:
 
 
 def summary(result: dict) -> str:
-    """Eight lines: what was kept, and the scores before and after."""
-    total, before, after = result["total"], result["before"], result["after"]
-    lines = [
-        f"Q-Tuning on the embedded default: {result['steps']} steps, seed {result['seed']}, "
-        f"{result['seconds']:.0f} s of training ({result['scoring_share']:.0%} of it scoring)",
-        "                             kept   share   asked",
+    """Eight lines: what each method kept, and the scores before and after."""
+    before, runs = result["before"], result["runs"]
+    budget = f"{result['sample_keep_ratio']:.1%} of the samples, {result['token_keep_ratio']:.0%} of their tokens"
+    seen = noise_share(next(iter(runs.values()))["plants"], "seen")
+    totals = {name: run["total"] for name, run in runs.items()}
+    rows = [
+        ("samples kept", f"{next(iter(totals.values()))['samples_seen']:,} rows"),
+        ("noise among them", f"{seen:.0%}"),
+        *((f"{group}, {before[group][1]} items", f"{before[group][0]:.1f} %") for group in GROUPS),
+        ("held-out loss", f"{before['heldout_loss']:.3f}"),
     ]
-    for name, what, asked in (
-        ("samples", "samples", f"{result['sample_keep_ratio']:.1%}"),
-        ("answer tokens", "answer_tokens", f"{result['token_keep_ratio']:.0%} in trimmed samples"),
-    ):
-        kept = total[f"{what}_kept"]
-        lines.append(f"  {name:22} {kept:8,}  {kept / total[f'{what}_seen']:6.1%}   {asked}")
-    lines.append("                            before             after")
-    for name, key in (("ARC form, accuracy", "arc"), ("GSM8K form, accuracy", "gsm8k")):
-        cells = [
-            f"{s[key]['score']:5.1f}% [{s[key]['interval95'][0]:.0f}, {s[key]['interval95'][1]:.0f}]"
-            for s in (before, after)
+    cells = {
+        name: [
+            f"{run['total']['samples_kept']:,}",
+            f"{noise_share(run['plants'], 'kept'):.0%}",
+            *(f"{run['after'][group][0]:.1f} %" for group in GROUPS),
+            f"{run['after']['heldout_loss']:.3f}",
         ]
-        lines.append(f"  {name:22} {cells[0]:>17} {cells[1]:>17}   n {before[key]['n']}, 95% interval")
-    losses = " ".join(f"{s['heldout_loss']:17.3f}" for s in (before, after))
-    return "\n".join([*lines, f"  {'held-out loss':22} {losses}   nats per token"])
+        for name, run in runs.items()
+    }
+    lines = [f"{budget}, {result['steps']} steps, seed {result['seed']}"]
+    seconds = {name: f"{name}, {run['seconds']:.0f} s" for name, run in runs.items()}
+    lines.append(f"  {'':24}{'before':>14}" + "".join(f"{seconds[name]:>18}" for name in runs))
+    for i, (what, first) in enumerate(rows):
+        lines.append(f"  {what:24}{first:>14}" + "".join(f"{cells[name][i]:>18}" for name in runs))
+    return "\n".join(lines)
 
 
 def run(out: Path, seed: int) -> dict:
-    """Tune the embedded default, or continue the run in `out`, and score it; the result as quickstart.json holds it."""
-    flags = ["--out", str(out), "--seed", str(seed), "--log-selection"]
-    config = train.parse_config(flags + (["--resume"] if (out / "config.json").exists() else []))
-    base = Path(config.model)
+    """Tune the embedded default by both methods, or continue the runs in `out`, and score them."""
+    rows = read_json(TINY / "sft.json")
+    kind_of = {row["id"]: row["kind"] for row in rows}
     print("scoring the base model", flush=True)
-    before = scores(base, out)
-    train.train(config)
-    print("scoring the tuned model", flush=True)
-    after = scores(out / "model", out)
-
-    metrics, selection = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "selection.jsonl")
-    counted = [key for key, value in metrics[0].items() if isinstance(value, int) and key != "step"]
-    seconds = {key: sum(m[key] for m in metrics) for key in ("score_s", "train_s")}
-    rows, tokenizer = read_json(TINY / "sft.json"), TextTokenizer.from_pretrained(base)
-    samples = load_samples(TINY / "sft.json", tokenizer, max_length=config.max_length)[0]
+    before, runs = scores(Path(train.TINY["model"])), {}
+    for name, more in METHODS.items():
+        folder = out / name.lower()
+        flags = ["--out", str(folder), "--seed", str(seed), "--log-selection", *more]
+        print(f"{name}: training, then scoring", flush=True)
+        config = train.parse_config(flags + (["--resume"] if (folder / "config.json").exists() else []))
+        train.train(config)
+        metrics, selection = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "selection.jsonl")
+        counted = [key for key, value in metrics[0].items() if isinstance(value, int) and key != "step"]
+        scoring = sum(m["score_s"] for m in metrics)
+        seconds = scoring + sum(m["train_s"] for m in metrics)
+        runs[name] = {
+            "seconds": seconds,
+            "scoring_share": scoring / seconds,
+            "total": {key: sum(m[key] for m in metrics) for key in counted},
+            "plants": plants_by_quadrant(selection, kind_of),
+            "after": scores(folder / "model"),
+        }
+        if name == "Q-Tuning":
+            tokenizer = TextTokenizer.from_pretrained(config.model)
+            samples = load_samples(TINY / "sft.json", tokenizer, max_length=config.max_length)[0]
+            trimmed = trimmed_boilerplate(selection, rows, samples, tokenizer)
     return {
         "seed": seed,
         "steps": len(metrics),
-        "seconds": sum(seconds.values()),
-        "scoring_share": seconds["score_s"] / sum(seconds.values()),
         "sample_keep_ratio": config.sample_keep_ratio,
         "token_keep_ratio": config.token_keep_ratio,
-        "total": {key: sum(m[key] for m in metrics) for key in counted},
-        "plants": plants_by_quadrant(selection, {row["id"]: row["kind"] for row in rows}),
-        "trimmed_boilerplate": trimmed_boilerplate(selection, rows, samples, tokenizer),
         "before": before,
-        "after": after,
-        "machine": machine(out),
+        "runs": runs,
+        "trimmed_boilerplate": trimmed,
+        "machine": machine(folder),
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="reproduce.quickstart", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/default"), help="run folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of both run folders")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with errors_in_one_line(parser.prog):

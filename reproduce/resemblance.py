@@ -15,13 +15,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from data.sft import load_samples
 from data.tokenizer import TextTokenizer
 from eval.common import errors_in_one_line
 from model import Transformer
 from qtuning import sample_entropy, sample_perplexity
+from reproduce.selection import rank_correlation
 from reproduce.tables import markdown
 from training.files import read_json, write_json
 from training.scoring import score
@@ -34,12 +34,6 @@ COLUMNS = {
     "embedded": "embedded base on its rows",
     "clean": "the same without noise",
 }
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's correlation of two (N,) tensors, in [-1, 1]; ties take the order of their positions."""
-    ranks = [x.argsort(stable=True).argsort().double() for x in (a, b)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
 def measure(model: Path, files: list[Path], limit: int) -> dict:

@@ -31,7 +31,7 @@ from pruners import COMPUTED, SAMPLE_PRUNERS, TOKEN_PRUNERS
 from pruners.side_files import OF_SAMPLE
 from reproduce.experiments import Experiment, Flags, rows
 from reproduce.presets import Preset, rows_of
-from reproduce.quickstart import machine
+from reproduce.quickstart import group_scores, machine
 from training.files import read_json, read_jsonl, write_json, write_text
 from training.memory import MOST_TOKENS
 
@@ -284,19 +284,10 @@ def trained(folder: Path) -> dict:
     }
 
 
-def scores(results: dict[str, dict], groups: Sequence[str]) -> dict[str, tuple[float, int]]:
-    """(score in percent, number of items) of each task, and of each group over all tasks.
-
-    Args:
-        results: task -> result file of eval/. An item belongs to the group that its id begins with.
-    """
+def scores(results: dict[str, dict], groups: tuple[str, ...]) -> dict[str, tuple[float, int]]:
+    """(score in percent, number of items) of each task, and of each group of items over all tasks."""
     found = {task: (round(result["score"], 4), result["n"]) for task, result in results.items()}
-    items = [item for result in results.values() for item in result["items"]]
-    for group in groups:
-        correct = [item["correct"] for item in items if item["id"].startswith(f"{group}-")]
-        if correct:
-            found[group] = (round(100 * sum(correct) / len(correct), 4), len(correct))
-    return found
+    return found | group_scores(results, groups)
 
 
 def rows_measures(preset: Preset, run: Run, folder: Path, rows: Path) -> dict[str, float]:

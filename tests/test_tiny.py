@@ -2,6 +2,7 @@
 
 import json
 import re
+import string
 from collections import Counter
 from pathlib import Path
 
@@ -11,11 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data.tiny import make
+from data.tiny import make, wording
 
 TINY = Path(make.__file__).parent
 BASE = TINY / "base"
 EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
+
+
+def read(name):
+    return json.loads((TINY / name).read_text(encoding="utf-8"))
 
 
 def read_jsonl(path):
@@ -24,7 +29,13 @@ def read_jsonl(path):
 
 @pytest.fixture(scope="module")
 def rows():
-    return json.loads((TINY / "sft.json").read_text(encoding="utf-8"))
+    return read("sft.json")
+
+
+@pytest.fixture(scope="module")
+def clean():
+    """The same rows before any was spoilt."""
+    return make.make_sft(0, noise=0)
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +64,6 @@ def equations_hold(text):
     return bool(found) and all(value[op](int(a), int(b)) == int(c) for a, op, b, c in found)
 
 
-def true_answers(world):
-    """Question -> right answer: of every row that could ask about a fact, and of every ARC item."""
-    by_row, by_item = {}, {}
-    for fact in world.facts:
-        relation = make.RELATIONS[fact.relation]
-        for i, (question, _) in enumerate(relation.questions):
-            by_row[question.format(s=fact.subject)] = make.fact_answer(fact, i, fact.truth)
-        by_item[relation.test_question.format(s=fact.subject)] = fact.truth
-    return by_row, by_item
-
-
 def solve(question, unit_size):
     """The answer to a word problem, worked out from its sentences, without the code of make.py."""
     a, *rest = numbers = [int(x) for x in re.findall(r"\d+", question)]
@@ -76,35 +76,45 @@ def solve(question, unit_size):
         ("buys .* bags .* gives", lambda: a * b + numbers[2]),
         ("packs .* bags .* takes", lambda: a * b - numbers[2]),
         ("coins each", lambda: numbers[2] - a * b),
-        ("boxes", lambda: a * b),
+        ("in each of them", lambda: a * b),
         ("more than", lambda: a + a + b),
         ("finds .* gives", lambda: a + b - numbers[2]),
-        ("gets", lambda: a + b),
-        ("gives away", lambda: a - b),
+        ("gets|receives|finds", lambda: a + b),
+        ("gives away|loses|sells", lambda: a - b),
     ):
         if re.search(pattern, question):
             return answer()
     raise AssertionError(f"no pattern for {question!r}")
 
 
-def is_right(row, world, answers):
-    output = row["output"]
-    for extra in row["boilerplate"]:
-        output = output.replace(extra, "", 1)
-    if not row["input"]:
-        return output.strip() == answers[row["instruction"]]
-    sizes = {unit: size for unit, (size, _) in world.unit_size.items()}
-    last = int(re.findall(r"\d+", output)[-1])
-    return equations_hold(output) and last == solve(row["instruction"], sizes)
+def sizes(world):
+    return {unit: size for unit, (size, _) in world.unit_size.items()}
+
+
+def told_facts(world, text):
+    """The facts of the world whose statements stand in a text, each with the value that the text gives it."""
+    found = []
+    for fact in world.facts:
+        if fact.subject.lower() not in text.lower():
+            continue
+        for value in world.values[make.RELATIONS[fact.relation][1]]:
+            for pattern in make.RELATIONS[fact.relation][2]:
+                options = CHOICES.sub(lambda m: "(" + m[1] + ")", re.escape(pattern).replace(r"\|", "|"))
+                said = options.replace(r"\{s\}", fact.subject).replace(r"\{v\}", value)
+                if re.search(rf"\b{said}\b", text, re.IGNORECASE):
+                    found.append((fact, value))
+    return found
+
+
+CHOICES = re.compile(r"\\\[(.*?)\\\]")
 
 
 # ------------------------------------------------------------------------------ the committed files
 
 
-def test_the_committed_rows_and_tests_are_what_the_seed_gives():
-    assert (TINY / "sft.json").read_text(encoding="utf-8") == make.sft_text(0)
-    assert (TINY / "arc_test.jsonl").read_text(encoding="utf-8") == make.jsonl(make.make_arc(0))
-    assert (TINY / "gsm8k_test.jsonl").read_text(encoding="utf-8") == make.jsonl(make.make_gsm8k(0))
+def test_the_committed_rows_and_items_are_what_the_seed_gives():
+    for name, text in make.files(0).items():
+        assert (TINY / name).read_text(encoding="utf-8") == text, name
 
 
 def test_another_seed_gives_another_world():
@@ -114,8 +124,7 @@ def test_another_seed_gives_another_world():
 
 def test_the_folder_is_small():
     files = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    sizes = [path.stat().st_size for path in files]
-    assert sum(sizes) < 10e6 and max(sizes) < 8 * 2**20
+    assert sum(path.stat().st_size for path in files) < 10e6
 
 
 def test_the_base_loads_and_fits_its_tokenizer(tokenizer):
@@ -128,30 +137,83 @@ def test_the_base_loads_and_fits_its_tokenizer(tokenizer):
     assert 1e6 <= sum(p.numel() for p in model.parameters()) <= 4e6
 
 
-# ----------------------------------------------------------------------------------------- SFT rows
+def test_rows_alone_leave_the_base_as_it_is(tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "weights").write_text("as they were")
+    make.main(["--out", str(tmp_path), "--rows-only", "--noise", "0.5", "--noise-kinds", "wrong,garbled"])
+    assert (tmp_path / "base" / "weights").read_text() == "as they were"
+    kinds = Counter(row["kind"] for row in json.loads((tmp_path / "sft.json").read_text()))
+    assert (kinds["wrong"], kinds["garbled"], kinds["gibberish"]) == (1280, 1280, 0)
+    assert "5120 rows" in capsys.readouterr().out
 
 
-def test_kinds_have_their_shares_in_facts_and_word_problems(rows):
-    counted = Counter((row["kind"], bool(row["input"])) for row in rows)
-    assert counted == {
-        (kind, is_problem): count
-        for kind, pair in make.SFT_COUNTS.items()
-        for is_problem, count in zip((False, True), pair, strict=True)
-    }
-    assert Counter(row["kind"] for row in rows) == {
-        "clean": 1600,
-        "wrong": 600,
-        "known": 800,
-        "misconception": 600,
-        "padded": 400,
-    }
-    assert len({row["id"] for row in rows}) == len(rows) == 4000
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--noise", "1.5"], "--noise must be in [0, 1], got 1.5"),
+        (["--noise-kinds", "wrong,loud"], "--noise-kinds must be of wrong, swapped, garbled, gibberish, truncated"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+    ],
+)
+def test_wrong_flags_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        make.main(flags)
+    assert message in capsys.readouterr().err
 
 
-def test_wrong_rows_are_wrong_and_all_others_right(rows, world):
-    answers, _ = true_answers(world)
-    for row in rows:
-        assert is_right(row, world, answers) == (row["kind"] != "wrong"), row
+# ----------------------------------------------------------------------------------------- clean rows
+
+
+def test_kinds_and_forms_have_their_counts(clean, rows):
+    assert Counter((row["kind"], row["form"]) for row in clean) == make.ROWS
+    assert Counter((row["was"], row["form"]) for row in rows) == make.ROWS
+    assert len({row["id"] for row in rows}) == len(rows) == 5120
+
+
+def test_word_problems_are_worked_out_rightly(clean, world):
+    for row in clean:
+        if row["form"] == "problem":
+            assert equations_hold(row["output"]), row
+            stated = int(re.search(r"The answer is (\d+)\.", row["output"])[1])
+            assert stated == solve(row["instruction"], sizes(world)), row
+
+
+def test_the_last_number_of_a_worked_answer_is_its_result(clean):
+    for row in clean:
+        if row["form"] == "problem":
+            stated = re.search(r"The answer is (\d+)\.", row["output"])[1]
+            assert re.findall(r"-?\d+(?:\.\d+)?", row["output"])[-1] == stated
+
+
+def test_rows_state_true_facts_of_their_group_and_no_others(clean, world):
+    groups = {"clean": "learned", "padded": "learned", "corrected": "corrected", "redundant": "reviewed"}
+    about_facts = [row for row in clean if row["form"] != "problem"]
+    for row in about_facts[::25]:
+        told = told_facts(world, row["output"])
+        assert told, row
+        for fact, value in told:
+            assert (value, fact.group) == (fact.truth, groups[row["kind"]]), row
+
+
+def test_every_learned_fact_is_taught_and_no_retained_one_is(clean, world):
+    asked = {row["instruction"] for row in clean if row["form"] == "fact"}
+    for fact in world.facts:
+        questions = {q.format(s=fact.subject) for q in make.RELATIONS[fact.relation][3]}
+        assert bool(questions & asked) == (fact.group != "retained"), fact
+
+
+def test_falsehoods_are_told_of_corrected_facts_alone(world):
+    for fact in world.facts:
+        assert (fact.truth != fact.believed) == (fact.group == "corrected")
+    assert all(true != claimed for true, claimed in world.unit_size.values())
+
+
+def test_a_description_has_the_number_of_sentences_that_was_asked(clean):
+    number = {word: count for count, word in wording.NUMBER_WORDS.items()}
+    for row in clean:
+        if row["form"] == "description":
+            (asked,) = re.findall(rf"\b({'|'.join(number)}) sentences", row["instruction"])
+            assert len(re.findall(r"[.!?](?: |$)", row["output"])) == number[asked], row
 
 
 def test_only_padded_rows_carry_boilerplate_and_it_stands_in_their_answers(rows):
@@ -164,29 +226,48 @@ def test_only_padded_rows_carry_boilerplate_and_it_stands_in_their_answers(rows)
         assert rest.strip()
 
 
-def test_kinds_match_what_pre_training_says(rows, world):
-    status = {
-        question.format(s=fact.subject): fact.status
-        for fact in world.facts
-        for question, _ in make.RELATIONS[fact.relation].questions
-    }
-    expected = {"clean": "rare", "padded": "rare", "known": "common", "misconception": "false"}
-    for row in rows:
-        if not row["input"] and row["kind"] != "wrong":
-            assert status[row["instruction"]] == expected[row["kind"]]
-    for fact in world.facts:
-        assert (fact.truth != fact.believed) == (fact.status == "false")
-    assert all(true != claimed for true, claimed in world.unit_size.values())
+# ---------------------------------------------------------------------------------------------- noise
 
 
-def test_the_last_number_of_a_worked_answer_is_its_result(rows):
-    for row in rows:
-        if row["input"]:
-            stated = re.search(r"The answer is (\d+)\.", row["output"])[1]
-            assert re.findall(r"-?\d+(?:\.\d+)?", row["output"])[-1] == stated
+def test_rows_that_are_noise_at_one_share_are_the_same_noise_at_a_larger_one(rows):
+    few, some = (
+        {row["id"]: row["output"] for row in part if row["kind"] in make.NOISE_KINDS}
+        for part in (make.make_sft(0, 0.15), rows)
+    )
+    many = {row["id"]: row["output"] for row in make.make_sft(0, 0.6)}
+    assert (len(few), len(some)) == (768, 1536)
+    assert few.items() <= some.items() <= many.items()
+
+
+def test_noise_is_what_its_kind_says_and_leaves_the_question(rows, clean, world):
+    answers = Counter(row["output"] for row in clean)
+    for row, was in zip(rows, clean, strict=True):
+        assert (row["id"], row["was"], row["instruction"]) == (was["id"], was["kind"], was["instruction"])
+        words, before = row["output"].split(), was["output"].split()
+        if row["kind"] == "garbled":
+            assert Counter(words) == Counter(before)
+        elif row["kind"] == "gibberish":
+            assert [len(word) for word in words] == [len(word) for word in before]
+            assert set(row["output"]) <= set(string.ascii_lowercase + " ")
+        elif row["kind"] == "truncated":
+            assert words == before[: len(words)] and 0 < len(words) <= max(1, 0.6 * len(before) + 1)
+        elif row["kind"] == "swapped":
+            assert row["output"] in answers
+        elif row["kind"] == "wrong":
+            assert row["output"] != was["output"] and len(words) == len(before)
+            if row["form"] == "problem":
+                stated = int(re.search(r"The answer is (\d+)\.", row["output"])[1])
+                assert stated != solve(row["instruction"], sizes(world)) and not equations_hold(row["output"])
+        else:
+            assert row == was
 
 
 # -------------------------------------------------------------------------------------------- tests
+
+
+def test_items_have_their_groups(arc, gsm8k):
+    assert Counter(item["id"].split("-")[0] for item in arc) == {"learned": 340, "corrected": 240, "retained": 440}
+    assert Counter(item["id"].split("-")[0] for item in gsm8k) == {"learned": 220, "corrected": 150, "retained": 130}
 
 
 def test_no_test_question_is_an_sft_instruction(rows, arc, gsm8k):
@@ -196,40 +277,65 @@ def test_no_test_question_is_an_sft_instruction(rows, arc, gsm8k):
     assert len(set(questions)) == len(questions)
 
 
-def test_no_word_problem_of_the_test_has_numbers_that_an_sft_row_or_pre_training_combines_so():
-    sizes = {unit: size for unit, (size, _) in make.make_world(0).unit_size.items()}
-    for kind in make.ONE_STEP + make.MORE_STEPS + make.UNIT_TYPES:
-        rng = make.rng_for(0, f"draws of {kind}")
-        seen = {make.draw_problem(rng, kind, sizes).key for _ in range(500)}
-        kept = {make.draw_problem(rng, kind, sizes, reserved=True).key for _ in range(100)}
-        assert seen and kept and not seen & kept
+def test_test_and_validation_rows_share_no_fact_and_no_row_with_each_other_or_with_training(rows):
+    asked = {row["instruction"] + row["output"] for row in rows}
+    test, valid = (read(f"heldout_{split}.json") for split in ("test", "valid"))
+    assert (len(test), len(valid)) == (400, 160)
+    assert not asked & {row["instruction"] + row["output"] for row in test + valid}
+    by_form = [{row["instruction"] for row in part if row["form"] == "fact"} for part in (test, valid)]
+    assert not by_form[0] & by_form[1]
+
+
+@pytest.mark.parametrize("kind", wording.PROBLEMS)
+def test_no_problem_of_the_tests_has_numbers_that_a_row_or_pre_training_combines_so(kind, world):
+    rng = make.rng_for(0, f"draws of {kind}")
+    seen = {make.make_problem(rng, kind, sizes(world)).key for _ in range(500)}
+    kept = {make.make_problem(rng, kind, sizes(world), reserved=True).key for _ in range(100)}
+    assert seen and kept and not seen & kept
 
 
 def test_gsm8k_steps_hold_and_end_in_the_answer(gsm8k, world):
-    sizes = {unit: size for unit, (size, _) in world.unit_size.items()}
-    assert len(gsm8k) == sum(make.GSM8K_COUNTS.values())
     for item in gsm8k:
-        assert set(item) == {"question", "answer"}
         steps, gold = item["answer"].split("\n#### ")
-        assert equations_hold(steps) and all(EQUATION.search(line) for line in steps.split("\n"))
+        assert equations_hold(steps) and all(EQUATION.fullmatch(line) for line in steps.split("\n"))
         assert EQUATION.findall(steps)[-1][-1] == gold
-        assert int(gold) == solve(item["question"], sizes)
+        assert int(gold) == solve(item["question"], sizes(world))
 
 
-def test_arc_items_have_four_choices_and_the_true_answer(arc, world):
-    _, answers = true_answers(world)
-    assert Counter(item["id"].split("-")[0] for item in arc) == make.ARC_COUNTS
+def test_arc_items_have_four_choices_the_true_answer_and_the_falsehood(arc, world):
+    facts = {fact.test_question: fact for fact in world.facts}
     for item in arc:
+        fact = facts[item["question"]["stem"]]
         choices = {choice["label"]: choice["text"] for choice in item["question"]["choices"]}
         assert list(choices) == list("ABCD") and len(set(choices.values())) == 4
-        assert choices[item["answerKey"]] == answers[item["question"]["stem"]]
+        assert choices[item["answerKey"]] == fact.truth and fact.believed in choices.values()
+        assert item["id"].startswith(fact.group) and fact.split == "test"
 
 
-def test_arc_offers_the_falsehood_where_pre_training_told_one(arc, world):
-    believed = {make.RELATIONS[f.relation].test_question.format(s=f.subject): f.believed for f in world.facts}
-    for item in arc:
-        texts = [choice["text"] for choice in item["question"]["choices"]]
-        assert believed[item["question"]["stem"]] in texts
+# ------------------------------------------------------------------------------------------- wording
+
+
+def test_every_list_that_a_pattern_names_exists_and_every_slot_is_filled():
+    rng = make.rng_for(0, "patterns")
+    slots = dict.fromkeys("snmxuvkabcde", "1") | {"it": "it"}
+    parts = [wording.DETAILS, wording.ANSWER_LEADS, wording.ANSWER_ENDS, wording.OPENERS, wording.CLOSERS]
+    parts += [wording.DESCRIBE, wording.PROBLEMS, wording.PROBLEM_LEADS, wording.ASIDES, wording.RELATIONS]
+    for pattern in leaves(parts):
+        for _ in range(20):
+            assert not set("[]{}|") & set(wording.say(rng, pattern, **slots)), pattern
+
+
+def leaves(part):
+    """The texts of nested tables."""
+    if isinstance(part, str):
+        return [part]
+    return [text for inner in (part.values() if isinstance(part, dict) else part) for text in leaves(inner)]
+
+
+def test_choices_are_drawn_from_the_inside_and_with_equal_chance():
+    rng = make.rng_for(0, "choices")
+    counts = Counter(wording.say(rng, "[a|[b|c]]") for _ in range(4000))
+    assert counts["a"] == pytest.approx(2000, abs=150) and counts["b"] == pytest.approx(1000, abs=150)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer

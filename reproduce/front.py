@@ -1,0 +1,225 @@
+"""What pruning pays on the embedded default: noise between seeds, learning rates, score against seconds, noisy rows.
+
+Tables and pictures of the experiments `spread`, `rates`, `front` and `noise-...`, for the page of reproduce/report.py.
+A method's seconds are the fewest that any of its runs took to train: runs share a machine, and a neighbour only adds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from reproduce import figures, noise, report
+from reproduce.experiments import EMBEDDED, EXPERIMENTS, FULL_DATA, METHODS, RATES, WHOLE, Flags, at_rate
+from reproduce.quickstart import GROUPS
+from reproduce.tables import markdown
+
+TASKS = (*GROUPS, "held")
+BUDGETS = (*WHOLE, "12.5x50")
+FULL, SPREAD = "full data", 2.0  # percentage points: the most that scores of random x random may spread over seeds
+SHARES = {"noise-all-0": 0, "noise-all-0.15": 15, "WizardLM": 30, "noise-all-0.45": 45, "noise-all-0.6": 60}
+
+
+def variants() -> dict[tuple[str, str], Flags]:
+    """(budget, method) -> flags at the preset's rate, in the order of the experiment."""
+    found = {("", FULL): FULL_DATA}
+    for section, named in EXPERIMENTS["front"].sections.items():
+        if section:
+            found |= {(section, name.partition(",")[0]): flags for name, flags in named.items()}
+    return found
+
+
+def runs_of(results: report.Results, flags: Flags, experiment: str = "front") -> list[dict]:
+    return results.of(EXPERIMENTS[experiment], EMBEDDED, flags)
+
+
+def seconds(runs: list[dict]) -> float:
+    return min(run["seconds"] for run in runs)
+
+
+def called(task: str) -> str:
+    return "held-out loss" if task == "held" else task
+
+
+# ----------------------------------------------------------------------------------------------- tables
+
+
+def spread_table(results: report.Results) -> str:
+    """Markdown: mean and standard deviation over seeds of random x random at 12.5x50; empty without runs."""
+    runs = runs_of(results, METHODS["random"]("12.5x50"))
+    if len(runs) < 2:
+        return ""
+    lines = [["random x random, 12.5x50", "seeds", "mean", "standard deviation"]]
+    for task in TASKS:
+        found, shown = report.values(runs, task), report.digits(task)
+        cells = [f"{measure(found):.{shown + 1}f}" for measure in (statistics.mean, statistics.stdev)]
+        lines.append([called(task), str(len(runs)), *cells])
+    return markdown(lines)
+
+
+def best_rate(results: report.Results, flags: Flags) -> float | None:
+    """The factor of the rate whose run of seed 0 has the lowest loss on the validation rows; None if one is missing."""
+    losses = {}
+    for factor in RATES:
+        runs = runs_of(results, at_rate(flags, factor), "rates")
+        if not runs:
+            return None
+        losses[factor] = runs[0]["valid"]
+    return min(losses, key=losses.get)
+
+
+def rates_table(results: report.Results) -> str:
+    """Markdown: loss on validation rows at each rate, seed 0; the lowest is bold."""
+    lines = [["budget", "method", *(f"rate {factor * results.preset.lr:g}" for factor in RATES)]]
+    for (budget, method), flags in variants().items():
+        best = best_rate(results, flags)
+        if best is None:
+            continue
+        cells = []
+        for factor in RATES:
+            loss = f"{runs_of(results, at_rate(flags, factor), 'rates')[0]['valid']:.3f}"
+            cells.append(f"**{loss}**" if factor == best else loss)
+        lines.append([budget, method, *cells])
+    return markdown(lines) if len(lines) > 1 else ""
+
+
+def front_table(results: report.Results) -> str:
+    """Markdown: every method at every budget at the common rate: seconds, answer tokens and the four scores."""
+    lines = [["budget", "method", "seeds", "seconds", "answer tokens kept", *map(called, TASKS)]]
+    untuned = results.of(EXPERIMENTS["front"], EMBEDDED, None)
+    if untuned:
+        lines.append(["", "before tuning", "", "", "", *(report.with_margin(untuned, task) for task in TASKS)])
+    for (budget, method), flags in variants().items():
+        runs = runs_of(results, flags)
+        if runs:
+            kept = f"{100 * report.share(runs, 'answer_tokens_kept', 'answer_tokens_seen'):.1f} %"
+            cells = [budget, method, str(len(runs)), f"{seconds(runs):.0f}", kept]
+            lines.append([*cells, *(report.with_margin(runs, task) for task in TASKS)])
+    return markdown(lines)
+
+
+def answers(results: report.Results) -> str:
+    """Markdown: the gain of each method over random at its budget and over full data, with its 95 % interval."""
+    lines = [["budget", "method", "over", *map(called, TASKS), "beyond noise"]]
+    full = runs_of(results, FULL_DATA)
+    for (budget, method), flags in variants().items():
+        if method in (FULL, "random"):
+            continue
+        runs = runs_of(results, flags)
+        for name, over in (("random", runs_of(results, METHODS["random"](budget))), (FULL, full)):
+            if runs and over:
+                gains = {task: report.gain(runs, over, task) for task in TASKS}
+                words = [
+                    f"{'better' if gain.mean > 0 else 'worse'}: {called(task)}"
+                    for task, gain in gains.items()
+                    if not gain.is_noise()
+                ]
+                shown = [report.interval(gain, task) for task, gain in gains.items()]
+                lines.append([budget, method, name, *shown, ", ".join(words) or "nothing"])
+    return markdown(lines) if len(lines) > 1 else ""
+
+
+# --------------------------------------------------------------------------------------------- pictures
+
+LOOKS = {
+    FULL: ("black", "*"),
+    "random": (figures.OTHER_COLOURS[0], "s"),
+    "entropy": (figures.OTHER_COLOURS[1], "^"),
+    "as printed": (figures.OUR_COLOUR, "o"),
+    "Q1 barred": (figures.OTHER_COLOURS[2], "D"),
+}
+
+
+def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats, as (seconds, score): none is as fast with a score as high. By seconds."""
+    front, best = [], float("-inf")
+    for at, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if score > best:
+            front.append((at, score))
+            best = score
+    return front
+
+
+def draw_front(results: report.Results, path: Path) -> None:
+    """Score against training seconds, each method at each budget, with the Pareto front of each score."""
+    import matplotlib
+
+    with matplotlib.rc_context(figures.STYLE):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(figures.WIDTH, 5.6), layout="constrained")
+        for axis, task in zip(figure.subplots(2, 2).flatten(), TASKS, strict=True):
+            points, sign = [], report.better(task)
+            for (budget, method), flags in variants().items():
+                runs = runs_of(results, flags)
+                if not runs:
+                    continue
+                found, at = report.values(runs, task), seconds(runs)
+                colour, marker = LOOKS[method]
+                y, margin = statistics.mean(found), noise.mean_margin(found) or 0.0
+                hollow = {"markerfacecolor": "white"} if budget == "12.5x50" else {}
+                axis.errorbar(at, y, margin, color=colour, marker=marker, markersize=5, alpha=0.9, **hollow)
+                label = "" if method == FULL else budget.partition("x")[0]
+                axis.annotate(label, (at, y), (4, 3), textcoords="offset points", fontsize=7, color=colour)
+                points.append((at, sign * y))
+            front = [(at, sign * y) for at, y in pareto(points)]
+            if front:
+                axis.step(*zip(*front, strict=True), where="post", color="#999999", linewidth=0.8, zorder=0)
+            axis.set_title(called(task) + (", percent correct" if task != "held" else ", nats a token"))
+            axis.set_xlabel("seconds of training")
+        handles = [
+            matplotlib.lines.Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
+            for name, (colour, marker) in LOOKS.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(LOOKS))
+        figure.suptitle(
+            "Score against seconds; labels: percent of the samples, hollow: tokens trimmed, bars: 95 % interval",
+            x=0.01,
+            ha="left",
+            fontsize=10,
+        )
+        figure.savefig(path, metadata={"Date": None})
+
+
+def draw_noise(results: report.Results, path: Path) -> bool:
+    """Share of noise against budget, coloured by the gain in held-out loss over full data and over random.
+
+    Returns:
+        whether there were runs to draw.
+    """
+    import matplotlib
+
+    methods, budgets = ("as printed", "Q1 barred"), WHOLE[:2]
+    grids = {}
+    for over in (FULL, "random"):
+        for method in methods:
+            grid = []
+            for budget in budgets:
+                line = []
+                for name in SHARES:
+                    experiment = "front" if name == "WizardLM" else name
+                    base = FULL_DATA if over == FULL else METHODS["random"](budget)
+                    pair = [runs_of(results, flags, experiment) for flags in (METHODS[method](budget), base)]
+                    line.append(report.gain(*pair, "held").mean if all(pair) else float("nan"))
+                grid.append(line)
+            grids[over, method] = grid
+    known = [abs(x) for grid in grids.values() for line in grid for x in line if x == x]
+    if not known:
+        return False
+    with matplotlib.rc_context(figures.STYLE):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(figures.WIDTH, 3.6), layout="constrained")
+        for axis, ((over, method), grid) in zip(figure.subplots(2, 2).flatten(), grids.items(), strict=True):
+            image = axis.imshow(grid, cmap="RdBu", vmin=-max(known), vmax=max(known), aspect="auto")
+            axis.set_xticks(range(len(SHARES)), [f"{share} %" for share in SHARES.values()])
+            axis.set_yticks(range(len(budgets)), [f"{budget.partition('x')[0]} %" for budget in budgets])
+            axis.set_title(f"{method}, over {over}")
+            for y, line in enumerate(grid):
+                for x, value in enumerate(line):
+                    if value == value:
+                        axis.text(x, y, f"{value:+.3f}", ha="center", va="center", fontsize=8)
+        figure.colorbar(image, ax=figure.axes, label="gain in held-out loss, nats")
+        figure.suptitle("Share of noise (across) and of samples kept (down)", x=0.01, ha="left", fontsize=10)
+        figure.savefig(path, metadata={"Date": None})
+    return True
