@@ -158,9 +158,9 @@ class Config:
             check("resume", not self.resume, "absent with --score-only")
 
 
-# The embedded default: without --model these take the place of Config's defaults. A model this small is tuned whole, on
-# short rows, with steps of 160 of them: random pruning of samples and tokens at 12.5 % x 50 % leaves 550 answer tokens a
-# step. Of 1e-4, 3e-4 and 1e-3 the rate is the one at which that pruning has the lowest loss on validation rows, and the
+# The embedded default: without --model these replace the defaults of Config. A model this small is tuned whole, on
+# short rows, with steps of 160: random pruning of samples and tokens at 12.5 % x 50 % leaves 550 answer tokens a step.
+# Of 1e-4, 3e-4 and 1e-3 the rate is the one at which that pruning has the lowest loss on validation rows, and the
 # smallest spread over seeds.
 TINY = {
     "model": str(HERE / "data" / "tiny" / "base"),

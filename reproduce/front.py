@@ -121,12 +121,12 @@ def answers(results: report.Results) -> str:
 
 # --------------------------------------------------------------------------------------------- pictures
 
-LOOKS = {
+LOOKS = {  # Okabe and Ito's colours
     FULL: ("black", "*"),
-    "random": (figures.OTHER_COLOURS[0], "s"),
-    "entropy": (figures.OTHER_COLOURS[1], "^"),
-    "as printed": (figures.OUR_COLOUR, "o"),
-    "Q1 barred": (figures.OTHER_COLOURS[2], "D"),
+    "random": ("#0072b2", "s"),
+    "entropy": ("#cc79a7", "^"),
+    "as printed": ("#d55e00", "o"),
+    "Q1 barred": ("#009e73", "D"),
 }
 
 
