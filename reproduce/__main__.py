@@ -196,7 +196,7 @@ def run(preset: Preset, names: list[str], args: argparse.Namespace, root: Path, 
         return []
     failed = []
     if todo:
-        preset.make_files(preset, {run.model for run in todo})
+        preset.make_files(preset, {name for run in todo for name in (run.model, run.data)})
         jobs = args.jobs or (1 if preset.devices else os.cpu_count())
         failed = run_all(preset, todo, root, jobs, lambda: gather(root, out))
     if names:

@@ -43,8 +43,7 @@ class Preset:
         valid:        rows whose loss chooses a learning rate; None: rates are not compared.
         groups:       beginnings of item ids whose scores are reported over all tests together.
         targets:      LESS: files of rows of the target tasks.
-        make_files:   (preset, names of models) -> None: writes the files above that have to be made for runs of these
-            models.
+        make_files:   (preset, names of models and data) -> None: writes the files above that runs of these need.
         sizes:        the models of an experiment that compares sizes (Figure 4).
         templates:    name of a model -> --template.
         devices:      GPUs that torchrun uses for a run; 0: each run is a process on this machine's CPU.
@@ -126,7 +125,7 @@ def make_tiny_files(preset: Preset, needed: set[str]) -> None:
     correct = [row for row in random.Random(1).sample(rows, len(rows)) if row["kind"] == "clean"]
     write_json(preset.targets[0], [row for row in correct if row["input"]][:8])
     write_json(preset.targets[1], [row for row in correct if not row["input"]][:8])
-    for name in NOISY:
+    for name in [name for name in NOISY if name in needed]:
         _, kinds, share = name.split("-")
         given = [] if kinds == "all" else ["--noise-kinds", kinds]
         make_tiny("--rows-only", "--noise", share, *given, "--out", str(preset.data[name].parent))

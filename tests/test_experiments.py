@@ -212,11 +212,17 @@ def test_a_run_is_made_once_and_its_summary_is_what_it_did(small_scale, tmp_path
     folder = tmp_path / runs.key(small_scale, run)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert (made["steps"], made["seed"], made["flags"]) == (2, 1, list(run.flags))
-    assert made["samples_kept"] == sum(m["samples_kept"] for m in metrics) == 8
+    assert made["samples_kept"] == sum(m["samples_kept"] for m in metrics) == 40
     assert made["held"]["rows_nll"] == [round(metrics[-1]["eval_rows_nll"], 5)]
     for task in ("arc", "gsm8k"):
         scored = read_json(folder / f"{task}.json")
         assert (made["scores"][task], made["n"][task]) == (round(scored["score"], 4), 4)
+    items = [item for task in ("arc", "gsm8k") for item in read_json(folder / f"{task}.json")["items"]]
+    for group in {item["id"].partition("-")[0] for item in items}:
+        correct = [item["correct"] for item in items if item["id"].startswith(group)]
+        assert made["scores"][group] == pytest.approx(100 * sum(correct) / len(correct), abs=1e-3)
+        assert made["n"][group] == len(correct)
+    assert 0 < made["valid"] < 5
     assert not (folder / "model").exists()  # weights are not kept at this scale
 
     monkeypatch.setattr(runs, "execute", lambda *args: pytest.fail("made again"))
@@ -483,7 +489,7 @@ def test_the_page_holds_what_there_is_and_nothing_else(results, tmp_path, monkey
     (tmp_path / "figures" / "figure5.svg").touch()
     monkeypatch.setattr(report.efficiency, "table", lambda found: "EFFICIENCY")
     monkeypatch.setattr(report, "read_json", lambda path: {})
-    page = report.page(results, None, tmp_path)
+    page = report.page(None, results, None, tmp_path)
     assert "### Table 1: " in page
     assert "### Figure 5: Batch size and lambda (and Figure 9)" in page
     assert "(results/figures/figure5.svg)" in page

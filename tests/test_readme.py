@@ -16,7 +16,7 @@ import pruners
 import qtuning
 import train
 from model import Transformer
-from reproduce import choices, efficiency, gpu, memory, packing, quickstart, report, selection
+from reproduce import choices, efficiency, front, gpu, memory, packing, quickstart, report, selection
 from training.files import read_json, read_jsonl
 from training.memory import peak_bytes
 
@@ -306,10 +306,10 @@ def result(name: str) -> dict:
 
 
 def tables_of_results() -> dict[str, str]:
-    tiny = report.Results.read("tiny")
+    first = report.Results.read("tiny", RESULTS / "tiny_first.json")
     return {
         "quickstart": quickstart.report(result("quickstart")),
-        "grid": report.grid(tiny, "gsm8k"),
+        "grid": report.grid(first, "gsm8k"),
         "scores": report.scores_table(result("smollm2_scores")),
         "smollm2": selection.table([result("smollm2_gsm8k"), result("smollm2_alpaca")]),
         "efficiency_smollm2": efficiency.shares(result("efficiency_smollm2")),
@@ -332,7 +332,7 @@ def test_the_tables_of_docs_are_those_of_the_committed_results():
 def test_the_tables_of_readme_are_rows_of_the_committed_results():
     shown = generated(README)
     whole = {
-        "baseline": report.baseline_table(report.Results.read("tiny")),
+        "front": front.front_table(report.Results.read("tiny")),
         "efficiency": efficiency.shares(result("efficiency_smollm2")),
     }
     assert shown.keys() == whole.keys()
@@ -342,7 +342,7 @@ def test_the_tables_of_readme_are_rows_of_the_committed_results():
         assert [head, rule] == known[:2]
         assert [row for row in rows if row not in known[2:]] == []
         assert sorted(rows, key=known.index) == rows
-    assert len(shown["baseline"].splitlines()) == 2 + 8
+    assert len(shown["front"].splitlines()) == 2 + 8
 
 
 def test_readme_shows_the_eight_lines_that_the_first_command_ends_in():

@@ -56,10 +56,20 @@ def test_the_quickstart_ends_in_its_summary_of_eight_lines():
     lines = quickstart.summary(result).split("\n")
     assert len(lines) == 8
     assert quickstart.report(result).endswith("\n\n" + quickstart.summary(result))
-    kept = result["total"]["samples_kept"]
-    assert f"{kept:,}" in lines[-6]
-    assert f"{result['after']['heldout_loss']:.3f}" in lines[-1]
-    assert sum(result["total"][name] for name in selection.SOURCES) == kept
+    for made in result["runs"].values():
+        assert f"{made['total']['samples_kept']:,}" in lines[2]
+        assert f"{made['after']['heldout_loss']:.3f}" in lines[-1]
+        kept = sum(row.get("kept", 0) for row in made["plants"].values())
+        noise = sum(made["plants"][kind].get("kept", 0) for kind in quickstart.NOISE)
+        assert kept == made["total"]["samples_kept"] and f"{noise / kept:.0%}" in lines[3]
+    total = result["runs"]["Q-Tuning"]["total"]
+    assert sum(total[name] for name in selection.SOURCES) == total["samples_kept"]
+
+
+def test_a_group_has_the_items_of_all_tasks_whose_ids_begin_with_it():
+    items = [("old-1", True), ("old-2", False), ("older-1", True), ("new-1", True)]
+    results = {task: {"items": [{"id": id, "correct": ok} for id, ok in items]} for task in ("arc", "gsm8k")}
+    assert quickstart.group_scores(results, ("old", "new", "none")) == {"old": (50.0, 4), "new": (100.0, 2)}
 
 
 leaves = st.none() | st.integers() | st.text()
