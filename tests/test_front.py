@@ -1,0 +1,93 @@
+"""What pruning pays: the Pareto front, the rate that validation chooses, and tables of runs that exist."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reproduce import front, report
+from reproduce.experiments import FULL_DATA, METHODS, RATES, WIZARD, at_rate
+from reproduce.presets import PRESETS
+from reproduce.runs import run_of
+
+TINY = PRESETS["tiny"](Path("runs/tiny"))
+points = st.lists(st.tuples(st.integers(0, 20), st.integers(-20, 20)), max_size=12)
+
+
+@given(points)
+def test_the_front_is_every_point_that_none_beats_once(found):
+    def beaten(point):
+        return any(
+            (at < point[0] and score >= point[1]) or (at <= point[0] and score > point[1]) for at, score in found
+        )
+
+    assert front.pareto(found) == sorted({point for point in found if not beaten(point)})
+
+
+def made(flags, seed, valid=1.0, learned=50.0, held=1.0, seconds=10.0, data=WIZARD):
+    run = run_of(TINY, "embedded", data, flags, seed)
+    scores = dict.fromkeys(front.GROUPS, learned)
+    return {
+        "model": run.model,
+        "data": run.data,
+        "flags": None if flags is None else shlex.join(run.flags),
+        "seed": run.seed,
+        "scores": scores,
+        "n": dict.fromkeys(scores, 500),
+        "held": {"rows_nll": [held]},
+        "valid": valid,
+        "seconds": seconds,
+        "answer_tokens_seen": 100,
+        "answer_tokens_kept": 25,
+    }
+
+
+def results(folder, runs):
+    (folder / "tiny.json").write_text(json.dumps({"runs": runs}))
+    return report.Results.read("tiny", folder / "tiny.json")
+
+
+def test_the_rate_with_the_lowest_validation_loss_of_seed_0_is_chosen(tmp_path):
+    losses = dict(zip(RATES, (1.2, 1.3, 1.1), strict=True))
+    runs = [made(at_rate(FULL_DATA, factor), 0, valid=loss) for factor, loss in losses.items()]
+    assert front.best_rate(results(tmp_path, runs), FULL_DATA) == RATES[2]
+    assert front.best_rate(results(tmp_path, runs[:2]), FULL_DATA) is None
+    assert "| 1.200 | 1.300 | **1.100** |" in front.rates_table(results(tmp_path, runs))
+    assert front.rates_table(results(tmp_path, runs[:2])) == ""
+
+
+def test_a_row_has_the_fewest_seconds_and_gains_over_random_and_full_data(tmp_path):
+    ours, random = (METHODS[name]("25x100") for name in ("as printed", "random"))
+    runs = [made(None, 0)]
+    runs += [made(ours, seed, learned=60.0 + seed, held=0.9, seconds=40.0 - seed) for seed in range(3)]
+    runs += [made(random, seed, learned=50.0 + seed, seconds=20.0 + seed) for seed in range(3)]
+    runs += [made(FULL_DATA, seed, learned=60.0 + seed, held=0.9) for seed in range(3)]
+    found = results(tmp_path, runs)
+    assert "| 25x100 | as printed | 3 | 38 | 25.0 % | 61.0 ± 2.5 |" in front.front_table(found)
+    assert "| 25x100 | random | 3 | 20 | 25.0 % | 51.0 ± 2.5 |" in front.front_table(found)
+    assert "|  | before tuning |  |  |  | 50.0 [45.6, 54.4] |" in front.front_table(found)
+    lines = front.answers(found).splitlines()
+    assert len(lines) == 2 + 2
+    assert lines[2].startswith("| 25x100 | as printed | random | +10.0 ± 2.3 |") and "better: learned" in lines[2]
+    assert lines[3].startswith("| 25x100 | as printed | full data | +0.0 ± 2.3 |") and lines[3].endswith("| nothing |")
+
+
+def test_the_spread_is_the_standard_deviation_over_seeds(tmp_path):
+    runs = [made(METHODS["random"]("12.5x50"), seed, learned=score) for seed, score in enumerate((30.0, 32.0, 34.0))]
+    assert "| learned | 3 | 32.00 | 2.00 |" in front.spread_table(results(tmp_path, runs))
+    assert front.spread_table(results(tmp_path, runs[:1])) == ""
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib (the plot extra)")
+    ours, random = (METHODS[name]("25x100") for name in ("as printed", "random"))
+    runs = [made(flags, 0, held=held) for flags, held in ((ours, 0.9), (random, 1.0), (FULL_DATA, 0.95))]
+    found = results(tmp_path, runs)
+    front.draw_front(found, tmp_path / "front.svg")
+    assert "Q1 barred" in (tmp_path / "front.svg").read_text()
+    assert front.draw_noise(found, tmp_path / "noise.svg")
+    assert "+0.100" in (tmp_path / "noise.svg").read_text() and "+0.050" in (tmp_path / "noise.svg").read_text()
+    assert not front.draw_noise(results(tmp_path, runs[:1]), tmp_path / "none.svg")
