@@ -181,7 +181,7 @@ def reference_of(experiment: Experiment, section: str) -> tuple[str, str]:
     """Section and row of a section's reference: a row of its own, or full data if it has a single row."""
     named = experiment.sections[section]
     if len(named) == 1 and "" in experiment.sections:
-        return "", "Full Dataset"
+        return "", next(label for label in experiment.sections[""] if label.lower().startswith("full data"))
     return section, next((label for label in REFERENCES if label in named), next(iter(named)))
 
 

@@ -43,6 +43,14 @@ def test_an_experiment_has_the_rows_that_the_paper_prints(name):
     )
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_section_has_a_reference_row(name):
+    experiment = EXPERIMENTS[name]
+    for section in experiment.sections:
+        at, label = report.reference_of(experiment, section)
+        assert label in experiment.sections[at]
+
+
 @pytest.mark.parametrize(("preset", "name"), EVERY, ids=lambda value: getattr(value, "name", value))
 def test_every_run_is_a_command_that_train_takes(preset, name):
     for run in runs.runs_of(preset, EXPERIMENTS[name], 1):
