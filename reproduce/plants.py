@@ -333,13 +333,14 @@ def plane(results: dict):
         ppl, ent = zip(*((x, y) for name, x, y in points if name == kind), strict=True)
         axis.axhline(middle[1], color="#999999", linewidth=0.8, linestyle="--")
         axis.axvline(middle[2], color="#999999", linewidth=0.8, linestyle="--")
-        look = {"markersize": 3, "markeredgewidth": 0, "alpha": 0.55, "color": colours[sort_of(kind)]}
+        look = {"markersize": 2.5, "markeredgewidth": 0, "color": colours[sort_of(kind)]}
         axis.plot(ent, ppl, "o", label=kind, **look)
         axis.plot([statistics.median(ent)], [statistics.median(ppl)], "x", color="black", markersize=8, zorder=3)
         axis.set_yscale("log")
+        axis.set_xlim(0, 1.05 * max(point[2] for point in points))
+        axis.set_ylim(1, 1.5 * max(point[1] for point in points))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(f"{kind} ({sort_of(kind)})" if sort_of(kind) else kind)
-        axis.sharex(axes[0])
-        axis.sharey(axes[0])
         if number >= len(axes) - figures.COLUMNS:
             axis.set_xlabel("Ent, nats")
         if number % figures.COLUMNS == 0:

@@ -410,11 +410,13 @@ def main(argv: list[str] | None = None) -> None:
     if tiny is None and small is None:
         parser.error(f"{RESULTS}: expected tiny.json or small.json, got neither; `python -m reproduce` makes them")
     (RESULTS / "figures").mkdir(exist_ok=True)
-    if tiny:
-        try:
+    try:
+        if tiny:
             figures.draw(tiny, RESULTS / "figures")
-        except ImportError:
-            print("reproduce.report: matplotlib (the plot extra) is not installed; figures stay", file=sys.stderr)
+        if (RESULTS / "plants.json").exists():
+            plants.draw(read_json(RESULTS / "plants.json"), RESULTS / "figures")
+    except ImportError:
+        print("reproduce.report: matplotlib (the plot extra) is not installed; figures stay", file=sys.stderr)
     write_text(args.out, page(tiny, small, RESULTS))
     print(args.out)
 

@@ -310,6 +310,36 @@ def test_the_command_writes_numbers_pictures_and_rows(files, tmp_path, monkeypat
     assert all(f">{rule}<" in pictures["plants_bars.svg"] for rule in plants.RULES)
 
 
+def test_the_picture_shows_every_point_of_every_kind():
+    pytest.importorskip("matplotlib", reason="pip install matplotlib (the plot extra)")
+    kinds, ppl, ent = synthetic()
+    ppl[-1], ent[0] = 4000, 11
+    found = plants.describe(kinds, ppl, ent, noise=0.3, seed=0, orders=1)
+    axes = plants.plane(found).axes
+    assert [axis.get_title().partition(" (")[0] for axis in axes] == list(PLANTS)
+    for axis, kind in zip(axes, PLANTS, strict=True):
+        (drawn,) = (line for line in axis.lines if line.get_label() == kind)
+        xs, ys = drawn.get_data()
+        assert [[kind, y, x] for x, y in zip(xs, ys, strict=True)] == [p for p in found["points"] if p[0] == kind]
+        (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+        assert left <= min(xs) and max(xs) <= right and bottom <= min(ys) and max(ys) <= top
+        assert (right, top) == (axes[0].get_xlim()[1], axes[0].get_ylim()[1])
+
+
+def test_the_bars_are_the_means_of_the_result():
+    pytest.importorskip("matplotlib", reason="pip install matplotlib (the plot extra)")
+    found = plants.describe(*synthetic(), noise=0.3, seed=0, orders=1)
+    for axis, size in zip(plants.bars(found).axes, plants.SHOWN_BATCHES, strict=True):
+        cell = plants.shown_cell(found, size)
+        drawn = {
+            group.get_label(): [bar.get_height() for bar in group]
+            for group in axis.containers
+            if group.get_label() in plants.RULES
+        }
+        for rule in plants.RULES:
+            assert drawn[rule] == [cell["rules"][rule]["kept_over_base"][kind][0] for kind in PLANTS]
+
+
 def test_the_points_are_the_scores_that_training_would_log(files):
     """Against train.py --score-only's way: one row at a time, padded to nothing."""
     rows = planted.rows_of_every_kind(ALPACA, GSM8K, 2, 0)
