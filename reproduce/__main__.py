@@ -6,6 +6,8 @@
     python -m reproduce table6                                     what pruning saves: reproduce/efficiency.py
     python -m reproduce compare --model DIR --data FILE            methods on rows of your own: reproduce/compare.py
     python -m reproduce gpu --out gpu.json                         ten minutes of checks on a GPU: reproduce/gpu.py
+    python -m reproduce plants --model DIR --alpaca FILE --gsm8k FILE     planted noise among real rows: scored, not
+                                                                   trained: reproduce/plants.py
 
 A run that has finished or that the result file holds is not made again, whichever table it was made for; an interrupted
 one continues. The presets tiny and
@@ -28,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from eval.common import errors_in_one_line
-from reproduce import cases, compare, efficiency, gpu, report
+from reproduce import cases, compare, efficiency, gpu, plants, report
 from reproduce import runs as running
 from reproduce.cost import estimate
 from reproduce.experiments import EXPERIMENTS
@@ -140,7 +142,7 @@ def identity(run: dict) -> tuple:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"compare": compare.main, "gpu": gpu.main}  # with flags of their own
+    commands = {"compare": compare.main, "gpu": gpu.main, "plants": plants.main}  # with flags of their own
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.statistics import wilson_interval
-from reproduce import cases, efficiency, figures, front, noise, paper, resemblance
+from reproduce import cases, efficiency, figures, front, noise, paper, plants, resemblance
 from reproduce.experiments import BEYOND, CHOICES, EXPERIMENTS, Experiment, Flags, qtuning, row
 from reproduce.presets import PRESETS, Preset
 from reproduce.runs import run_of
@@ -352,6 +352,13 @@ SMALL = """## SmolLM2-135M on real rows
 `python -m reproduce smollm2 --preset small`: 1,280 rows (GSM8K and Alpaca, half each), LoRA with the paper's settings,
 one epoch (40 steps), scored by the paper's protocols. Intervals of single runs are over items.
 """
+PLANTED = """## Planted noise among real rows
+
+`python -m reproduce plants --model DIR --alpaca FILE --gsm8k FILE`: {rows} rows of Alpaca and GSM8K, as many of each
+planted kind (`reproduce/planted.py`), scored once by {model} and not trained. Shares are in percent, means ± standard
+deviations over {orders} random orders. *As printed*, the backfill draws from all quadrants; the other rules say where
+it draws from first, and *Q1 barred* draws from Q1 last. PPL and Ent have a rank correlation of {rank_correlation:.2f}.
+"""
 SAVED = """`python -m reproduce.efficiency`: medians of a step of 32 rows on a CPU. The full-data run packs its rows and
 makes no full logits either. First SmolLM2-135M on Alpaca rows (two threads), then the embedded default (one thread).
 """
@@ -379,6 +386,8 @@ def page(tiny: Results | None, first: Results | None, small: Results | None, fol
         parts += [SMALL, score_table(small, "smollm2", "SmolLM2-135M") or ""]
     if (folder / "cases-smollm2").exists():  # counts alone: the rows are not ours to publish
         parts += ["### What is selected of these rows, Q-Tuning at 12.5x50", *selected_part(folder / "cases-smollm2")]
+    if (folder / "plants.json").exists():
+        parts += planted_part(read_json(folder / "plants.json"))
     parts += ["## Table 6: what it saves", SAVED]
     for name in ("smollm2", "tiny"):
         parts += [efficiency.table(read_json(RESULTS / f"efficiency_{name}.json"))]
@@ -423,6 +432,11 @@ def selected_part(folder: Path) -> list[str]:
     return [*pictures, cases.token_table(read_json(folder / "tokens.json"))]
 
 
+def planted_part(results: dict) -> list[str]:
+    pictures = [f"![{name}](results/figures/plants_{name}.svg)" for name in ("plane", "bars")]
+    return [PLANTED.format(**results), plants.kept_table(results), *pictures, plants.kinds_table(results)]
+
+
 def scores_table(results: dict) -> str:
     """Markdown: one row for each task and protocol, with the score, its 95 % interval, further metrics and seconds."""
     lines = [["", "protocol", "n", "score, 95 % interval", "further metrics", "seconds"]]
@@ -449,14 +463,16 @@ def main(argv: list[str] | None = None) -> None:
     if tiny is None and small is None:
         parser.error(f"{RESULTS}: expected tiny.json or small.json, got neither; `python -m reproduce` makes them")
     (RESULTS / "figures").mkdir(exist_ok=True)
-    if tiny:
-        try:
-            if first:
-                figures.draw(first, RESULTS / "figures")
+    try:
+        if first:
+            figures.draw(first, RESULTS / "figures")
+        if tiny:
             front.draw_front(tiny, RESULTS / "figures" / "front.svg")
             front.draw_noise(tiny, RESULTS / "figures" / "noise.svg")
-        except ImportError:
-            print("reproduce.report: matplotlib (the plot extra) is not installed; figures stay", file=sys.stderr)
+        if (RESULTS / "plants.json").exists():
+            plants.draw(read_json(RESULTS / "plants.json"), RESULTS / "figures")
+    except ImportError:
+        print("reproduce.report: matplotlib (the plot extra) is not installed; figures stay", file=sys.stderr)
     write_text(args.out, page(tiny, first, small, RESULTS))
     print(args.out)
 

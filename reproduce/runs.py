@@ -302,10 +302,12 @@ def rows_measures(preset: Preset, run: Run, folder: Path, rows: Path) -> dict[st
     return {name: round(found[name], 5) for name in HELDOUT}
 
 
-def write_by_line(path: Path, results: dict, name: str) -> None:
-    """Write a result file (JSON) in which each item of the list `name` is one line; the list comes last."""
-    items = ",\n".join("  " + json.dumps(item, ensure_ascii=False) for item in results[name])
-    others = {key: value for key, value in results.items() if key != name}
-    head = json.dumps({**others, name: 0}, indent=1, ensure_ascii=False).removesuffix("0\n}")
+def write_by_line(path: Path, results: dict, *names: str) -> None:
+    """Write a result file (JSON) in which each item of the lists `names` is one line; these lists come last."""
+    text = json.dumps({key: value for key, value in results.items() if key not in names}, indent=1, ensure_ascii=False)
+    text = text.removesuffix("\n}")
+    for name in names:
+        items = ",\n".join("  " + json.dumps(item, ensure_ascii=False) for item in results[name])
+        text += f',\n "{name}": [\n{items}\n ]'
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, f"{head}[\n{items}\n ]\n}}\n")
+    write_text(path, f"{text}\n}}\n")
