@@ -311,8 +311,8 @@ One epoch of the embedded default (5,120 rows, 32 steps of 160, a model of a mil
 run: `python -m reproduce spread --seeds 5`, then `front`. World and base were frozen at commit c8023b9. Before that,
 one base was dropped: its pre-training hardly had what the rows teach, and four runs on all rows moved no score. On the
 frozen base, the rate and the size of a step were chosen by the spread of random x random. That took 36 runs at higher
-rates and smaller steps: 13 of random x random, 2 of full data, and 21 of `rates`, which was stopped. The present `rates`
-and `noise-...` have not been run.
+rates and smaller steps: 13 of random x random, 2 of full data, and 21 of `rates`, which was stopped. The present
+`rates` and `noise-...` have not been run.
 """
 RESEMBLANCE = """### Does it resemble real rows?
 
