@@ -355,9 +355,9 @@ def test_the_points_are_the_scores_that_training_would_log(files):
         (
             "alpaca.json",
             '[\n{"instruction": "a", "input": ""}\n]',
-            "alpaca.json:2: output: expected a text, got no such",
+            "alpaca.json:2: row 1 of 1: output: expected a text, got no such",
         ),
-        ("alpaca.json", "[\n3]", "alpaca.json:2: expected a JSON object, got 3"),
+        ("alpaca.json", "[\n3]", "alpaca.json:2: row 1 of 1: expected a JSON object, got 3"),
         ("train.jsonl", '{"question": "a", "answer": 3}', "train.jsonl:1: answer: expected a text, got 3"),
         ("train.jsonl", "{", "train.jsonl:1: not valid JSON"),
         ("train.jsonl", '{"question": "a", "answer": "b"}', "expected 4 usable rows of gsm8k for 2 of each kind"),
