@@ -3,15 +3,18 @@
 import json
 import re
 from collections import Counter
-from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from conftest import BASE
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import planes
 
+from data.sft import load_samples
+from data.tokenizer import TextTokenizer
+from model import Transformer
 from qtuning import Quadrant, prune_samples, supp_score
 from reproduce import __main__ as reproduce
 from reproduce import planted, plants, report
@@ -284,7 +287,7 @@ def files(tmp_path_factory):
 
 def run(files, out, *more):
     argv = ["--alpaca", str(files / "alpaca.json"), "--gsm8k", str(files / "train.jsonl"), "--out", str(out)]
-    reproduce.main(["plants", "--model", str(Path("data/tiny/base").resolve()), *argv, *more])
+    reproduce.main(["plants", "--model", str(BASE), *argv, *more])
 
 
 def test_the_command_writes_numbers_pictures_and_rows(files, tmp_path, monkeypatch, capsys):
@@ -340,13 +343,22 @@ def test_the_bars_are_the_means_of_the_result():
             assert drawn[rule] == [cell["rules"][rule]["kept_over_base"][kind][0] for kind in PLANTS]
 
 
-def test_the_points_are_the_scores_that_training_would_log(files):
-    """Against train.py --score-only's way: one row at a time, padded to nothing."""
+def test_the_points_are_perplexity_and_entropy_by_the_plain_formulas(tmp_path, monkeypatch):
+    """Row by row through the model's logits; the rows do not fill the last chunk."""
+    monkeypatch.setattr(plants, "CHUNK", 4)
     rows = planted.rows_of_every_kind(ALPACA, GSM8K, 2, 0)
-    ppl, ent = plants.scored("data/tiny/base", rows)
-    again = [plants.scored("data/tiny/base", [row]) for row in rows]
-    torch.testing.assert_close(ppl, torch.cat([one for one, _ in again]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ent, torch.cat([one for _, one in again]), rtol=1e-4, atol=1e-5)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    samples, _ = load_samples(tmp_path / "rows.json", TextTokenizer.from_pretrained(BASE))
+    model, expected = Transformer.from_pretrained(BASE).eval(), []
+    for sample in samples:
+        with torch.no_grad():
+            log_p = model(torch.tensor([sample.input_ids]))[0, :-1].double().log_softmax(-1)
+        labels = torch.tensor(sample.labels[1:])
+        log_p, labels = log_p[labels != -100], labels[labels != -100]
+        nll = -log_p[torch.arange(len(labels)), labels].mean()
+        expected.append([nll.exp(), -(log_p.exp() * log_p).sum(-1).mean()])
+    assert len(samples) % plants.CHUNK
+    torch.testing.assert_close(torch.stack(plants.scored(BASE, rows), 1), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
