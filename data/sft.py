@@ -405,7 +405,7 @@ def _conversation(row: object) -> Conversation | ValueError:
 
 
 def check_token_ids(place: str | Path, rows: Iterable[list[int]], tokenizer: TextTokenizer, vocab_size: int) -> None:
-    """Refuse rows of token ids, one of which the model has no embedding for.
+    """Refuse rows of token ids if the model has no embedding for one of the ids.
 
     Raises:
         ValueError: the place, the token of the largest id, and both sizes, if that id is vocab_size or more.

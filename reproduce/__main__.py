@@ -191,8 +191,10 @@ def run(preset: Preset, names: list[str], args: argparse.Namespace, root: Path, 
     names = [name for name in names if name != "table6"]
     every = plan(preset, names, args.seeds)
     made = {run.get("key") for run in read_json(out)["runs"]} if out.exists() else set()
-    made |= {path.parent.name for path in root.glob("*/summary.json")}
-    todo = [run for run in every if running.key(preset, run) not in made]
+    # A logged run is made where its folder is: the result file does not hold its log.
+    logged = {run for run in every if run.flags and "--log-selection" in run.flags}
+    done = {path.parent.name for path in root.glob("*/summary.json")}
+    todo = [run for run in every if running.key(preset, run) not in (done if run in logged else done | made)]
     if args.dry_run:
         show(preset, todo, root)
         return []

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from data.tiny.wording import NOISE_KINDS
+
 Flags = tuple[str | float, ...]  # of train.py; a number is a factor of the preset's value, see BATCHES
 Sections = dict[str, dict[str, Flags | None]]  # section -> row -> flags; None: the untuned model
 
@@ -146,7 +148,6 @@ RATES = (0.3, 1.0, 3.0)  # factors of the preset's learning rate
 FULL_DATA = row("Random", "Random", "100x100")
 WHOLE = ("12.5x100", "25x100", "50x100")
 NOISE_SHARES = ("0", "0.15", "0.3", "0.45", "0.6")
-NOISE_KINDS = ("wrong", "swapped", "garbled", "gibberish", "truncated")
 NOISY = tuple(f"noise-all-{share}" for share in NOISE_SHARES if share != "0.3")  # 0.3: the embedded rows themselves
 NOISY += tuple(f"noise-{kind}-0.3" for kind in NOISE_KINDS)
 
@@ -159,7 +160,7 @@ def at_rate(flags: Flags, factor: float) -> Flags:
 
 def at_budgets(budgets: tuple[str, ...], rates: tuple[float, ...] = (1.0,)) -> Sections:
     """Rows of full data, and of every method at each budget, at each rate; `entropy` at one budget of whole answers."""
-    found = {"": {f"full data, rate x{factor:g}": at_rate(FULL_DATA, factor) for factor in rates}}
+    found = {"": {"before tuning": None} | {f"full data, rate x{f:g}": at_rate(FULL_DATA, f) for f in rates}}
     for budget in budgets:
         found[budget] = {
             f"{name}, rate x{factor:g}": at_rate(method(budget), factor)

@@ -16,7 +16,7 @@ from reproduce.tables import markdown
 
 TASKS = (*GROUPS, "held")
 BUDGETS = (*WHOLE, "12.5x50")
-FULL, SPREAD = "full data", 2.0  # percentage points: the most that scores of random x random may spread over seeds
+FULL, UNTUNED = "full data", "before tuning"
 SHARES = {"noise-all-0": 0, "noise-all-0.15": 15, "WizardLM": 30, "noise-all-0.45": 45, "noise-all-0.6": 60}
 
 
@@ -29,7 +29,7 @@ def variants() -> dict[tuple[str, str], Flags]:
     return found
 
 
-def runs_of(results: report.Results, flags: Flags, experiment: str = "front") -> list[dict]:
+def runs_of(results: report.Results, flags: Flags | None, experiment: str = "front") -> list[dict]:
     return results.of(EXPERIMENTS[experiment], EMBEDDED, flags)
 
 
@@ -86,9 +86,9 @@ def rates_table(results: report.Results) -> str:
 def front_table(results: report.Results) -> str:
     """Markdown: every method at every budget at the common rate: seconds, answer tokens and the four scores."""
     lines = [["budget", "method", "seeds", "seconds", "answer tokens kept", *map(called, TASKS)]]
-    untuned = results.of(EXPERIMENTS["front"], EMBEDDED, None)
+    untuned = runs_of(results, None)
     if untuned:
-        lines.append(["", "before tuning", "", "", "", *(report.with_margin(untuned, task) for task in TASKS)])
+        lines.append(["", UNTUNED, "", "", "", *(report.with_margin(untuned, task) for task in TASKS)])
     for (budget, method), flags in variants().items():
         runs = runs_of(results, flags)
         if runs:
@@ -99,14 +99,15 @@ def front_table(results: report.Results) -> str:
 
 
 def answers(results: report.Results) -> str:
-    """Markdown: the gain of each method over random at its budget and over full data, with its 95 % interval."""
+    """Markdown: the gain of each method over random at its budget, over full data and over the untuned model.
+
+    Each gain has its 95 % interval. Of this many intervals about one in twenty excludes 0 by chance.
+    """
     lines = [["budget", "method", "over", *map(called, TASKS), "beyond noise"]]
-    full = runs_of(results, FULL_DATA)
     for (budget, method), flags in variants().items():
-        if method in (FULL, "random"):
-            continue
-        runs = runs_of(results, flags)
-        for name, over in (("random", runs_of(results, METHODS["random"](budget))), (FULL, full)):
+        runs, others = runs_of(results, flags), {FULL: FULL_DATA, UNTUNED: None}
+        others = {"random": METHODS["random"](budget)} | others if budget else others
+        for name, over in ((name, runs_of(results, of)) for name, of in others.items() if name != method):
             if runs and over:
                 gains = {task: report.gain(runs, over, task) for task in TASKS}
                 words = [
@@ -185,7 +186,7 @@ def draw_noise(results: report.Results, path: Path) -> bool:
     """Share of noise against budget, coloured by the gain in held-out loss over full data and over random.
 
     Returns:
-        whether there were runs to draw.
+        whether there were runs of two shares or more to draw.
     """
     import matplotlib
 
@@ -204,7 +205,8 @@ def draw_noise(results: report.Results, path: Path) -> bool:
                 grid.append(line)
             grids[over, method] = grid
     known = [abs(x) for grid in grids.values() for line in grid for x in line if x == x]
-    if not known:
+    shares = {x for grid in grids.values() for line in grid for x, value in enumerate(line) if value == value}
+    if len(shares) < 2:  # a single share of noise compares nothing
         return False
     with matplotlib.rc_context(figures.STYLE):
         from matplotlib.figure import Figure

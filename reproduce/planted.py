@@ -201,7 +201,7 @@ def spoils() -> list[str]:
 
 
 def mixed_rows(alpaca: Sequence[dict], gsm8k: Sequence[dict], num_rows: int, noise: float, seed: int) -> list[dict]:
-    """Rows to train on, half of Alpaca and half of GSM8K, of which a share is noise; kinds of noise in equal parts.
+    """Rows to train on, half of Alpaca and half of GSM8K; a share of them is noise, its kinds in equal parts.
 
     Args:
         alpaca, gsm8k: of `read_alpaca` and `read_gsm8k`.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import train
 from data.sft import Sample, load_samples
+from data.tiny.wording import NOISE_KINDS
 from data.tokenizer import TextTokenizer
 from eval import arc, gsm8k
 from eval.common import errors_in_one_line
@@ -24,8 +25,7 @@ from qtuning import IGNORE_INDEX, Quadrant
 from training.files import read_json, read_jsonl, write_json
 
 TINY = Path(train.TINY["data"]).parent
-NOISE = ("wrong", "swapped", "garbled", "gibberish", "truncated")  # the kinds of noise that data/tiny/make.py plants
-KINDS = ("clean", "redundant", "corrected", "padded", *NOISE)
+KINDS = ("clean", "redundant", "corrected", "padded", *NOISE_KINDS)  # that data/tiny/make.py plants
 GROUPS = ("learned", "corrected", "retained")  # of test items, by the beginning of their ids
 METHODS = {  # name -> flags of train.py
     "Q-Tuning": (),
@@ -118,7 +118,7 @@ def in_boilerplate(pieces: list[str], boilerplate: list[str]) -> list[bool]:
 
 def noise_share(plants: dict[str, dict], of: str) -> float:
     """The share of noise among the samples that were `seen` or `kept`."""
-    return sum(plants[kind].get(of, 0) for kind in NOISE) / sum(row.get(of, 0) for row in plants.values())
+    return sum(plants[kind].get(of, 0) for kind in NOISE_KINDS) / sum(row.get(of, 0) for row in plants.values())
 
 
 def report(result: dict) -> str:

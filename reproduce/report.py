@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eval.statistics import wilson_interval
 from reproduce import cases, efficiency, figures, front, noise, paper, plants, resemblance
-from reproduce.experiments import BEYOND, CHOICES, EXPERIMENTS, Experiment, Flags, qtuning, row
+from reproduce.experiments import BEYOND, EXPERIMENTS, Experiment, Flags, qtuning, row
 from reproduce.presets import PRESETS, Preset
 from reproduce.runs import run_of
 from reproduce.tables import markdown
@@ -185,31 +185,6 @@ def reference_of(experiment: Experiment, section: str) -> tuple[str, str]:
     return section, next((label for label in REFERENCES if label in named), next(iter(named)))
 
 
-def baseline_table(results: Results) -> str:
-    """Markdown: our settings at 12.5x50, beside random, full data and the untuned model."""
-    experiment, budget = EXPERIMENTS["choices"], "12.5x50"
-    methods = {
-        "before tuning": None,
-        "full data": qtuning("100x100"),
-        "random": row("Random", "Random", budget),
-        "random, whole answers": row("Random", "Random", "12.5x100"),
-        **{name: qtuning(budget, *flags) for name, flags in CHOICES.items()},
-    }
-    tasks = results.tasks(experiment)
-    lines = [["method", "seeds", "samples kept", "answer tokens kept", *(results.name(task) for task in tasks)]]
-    for name, flags in methods.items():
-        runs = results.of(experiment, experiment.models[0], flags)
-        if not runs:
-            continue
-        line = [name, str(len(runs)) if flags else "", "", ""]
-        if flags:
-            line[2:] = [
-                f"{100 * share(runs, f'{what}_kept', f'{what}_seen'):.1f} %" for what in ("samples", "answer_tokens")
-            ]
-        lines.append([*line, *(with_margin(runs, task) for task in tasks)])
-    return markdown(lines)
-
-
 def share(runs: list[dict], part: str, whole: str) -> float:
     return sum(run[part] for run in runs) / sum(run[whole] for run in runs)
 
@@ -310,9 +285,9 @@ TINY = """## The embedded default
 One epoch of the embedded default (5,120 rows, 32 steps of 160, a model of a million parameters) on a CPU, one thread a
 run: `python -m reproduce spread --seeds 5`, then `front`. World and base were frozen at commit c8023b9. Before that,
 one base was dropped: its pre-training hardly had what the rows teach, and four runs on all rows moved no score. On the
-frozen base, the rate and the size of a step were chosen by the spread of random x random. That took 36 runs at higher
-rates and smaller steps: 13 of random x random, 2 of full data, and 21 of `rates`, which was stopped. The present
-`rates` and `noise-...` have not been run.
+frozen base, the rate and the size of a step were chosen by the spread of random x random, which is one of test scores.
+That took 36 runs at higher rates and smaller steps: 13 of random x random, 2 of full data, and 21 of `rates`, which was
+stopped. The present `rates` and `noise-...` have not been run.
 """
 RESEMBLANCE = """### Does it resemble real rows?
 
@@ -328,7 +303,8 @@ Loss on the validation rows after training with seed 0. The lowest rate of a row
 FRONT = """### What pruning pays
 
 Scores are over 560 learned, 390 corrected and 570 retained items (two thirds likelihood, one third generated). Seconds
-are the fewest of a method's runs. `Q1 barred` is Q-Tuning with `--backfill-quadrants 0,2,3,4`.
+are the fewest of a method's runs, on a machine that other work shared. `Q1 barred` is Q-Tuning with
+`--backfill-quadrants 0,2,3,4`. Of the intervals in the second table about one in twenty excludes 0 by chance.
 """
 NOISE = """### When does pruning win?
 
@@ -344,7 +320,7 @@ models, its word problems replace MathInstruct, and its forms of ARC and GSM8K a
 """
 SELECTED = """## What is selected
 
-Figures 1, 2 and 7 and Appendix E, for Q-Tuning at 12.5x50 on the embedded default, seed 0
+Figures 1, 2 and 7 and Appendix E, for Q-Tuning at 12.5x50 on the first embedded world, seed 0
 (`python -m reproduce cases`). Rules give each token its kind (`reproduce/cases.py`); the paper asked a language model.
 """
 PRUNED = "Rows with their pruned tokens: [as text](results/cases/pruned.md), [as HTML](results/cases/pruned.html)."
@@ -364,7 +340,8 @@ The committed file is not from one run of this command: the scores come from one
 were drawn from them afterwards. 18 rows, two of each kind, were scored again and gave the same values.
 """
 SAVED = """`python -m reproduce.efficiency`: medians of a step of 32 rows on a CPU. The full-data run packs its rows and
-makes no full logits either. First SmolLM2-135M on Alpaca rows (two threads), then the embedded default (one thread).
+makes no full logits either. First SmolLM2-135M on Alpaca rows (two threads), then the embedded default (one thread;
+its first world).
 """
 
 

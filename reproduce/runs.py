@@ -2,7 +2,7 @@
 
 A run is named by what it computes: its model, rows and seed, and the settings of train.py that differ from their
 defaults. So two tables share a run that both contain, and an interrupted run continues. Paths are not part of the
-name: delete a preset's folder after its checkpoints, its rows or the method have changed.
+name: delete a preset's folder and its result file after its checkpoints, its rows or the method have changed.
 """
 
 from __future__ import annotations

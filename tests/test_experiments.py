@@ -343,6 +343,17 @@ def test_a_killed_worker_ends_in_one_line(made, tmp_path, capsys, monkeypatch):
 # ---------------------------------------------------------------------------------------- command line
 
 
+def test_a_run_that_the_result_file_holds_is_not_made_again_unless_its_log_is_needed(tmp_path, capsys):
+    tiny = presets.tiny(tmp_path / "tiny")
+    known = [run for name in ("spread", "cases") for run in runs.runs_of(tiny, EXPERIMENTS[name], 1)]
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps({"runs": [{"key": runs.key(tiny, run)} for run in known]}))
+    given = ["--runs", str(tmp_path), "--out", str(file), "--dry-run"]
+    for name, seeds, count in (("spread", 1, 0), ("spread", 2, 1), ("cases", 1, 1)):
+        command_line.main([name, "--seeds", str(seeds), *given])
+        assert capsys.readouterr().out.strip().endswith(f"# {count} runs")
+
+
 def test_a_dry_run_prints_commands_that_parse_and_runs_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command_line, "run_all", lambda *args: pytest.fail("ran"))
     argv = ["table5", "table14", "table6", "--preset", "paper", "--seeds", "1", "--runs", str(tmp_path), "--dry-run"]

@@ -70,9 +70,18 @@ def test_a_row_has_the_fewest_seconds_and_gains_over_random_and_full_data(tmp_pa
     assert "| 25x100 | random | 3 | 20 | 25.0 % | 51.0 ± 2.5 |" in front.front_table(found)
     assert "|  | before tuning |  |  |  | 50.0 [45.6, 54.4] |" in front.front_table(found)
     lines = front.answers(found).splitlines()
-    assert len(lines) == 2 + 2
-    assert lines[2].startswith("| 25x100 | as printed | random | +10.0 ± 2.3 |") and "better: learned" in lines[2]
-    assert lines[3].startswith("| 25x100 | as printed | full data | +0.0 ± 2.3 |") and lines[3].endswith("| nothing |")
+    compared = [tuple(line.split(" | ")[1:3]) for line in lines[2:]]
+    assert compared == [
+        ("full data", "before tuning"),
+        ("random", "full data"),
+        ("random", "before tuning"),
+        ("as printed", "random"),
+        ("as printed", "full data"),
+        ("as printed", "before tuning"),
+    ]
+    assert lines[5].startswith("| 25x100 | as printed | random | +10.0 ± 2.3 |") and "better: learned" in lines[5]
+    assert lines[6].startswith("| 25x100 | as printed | full data | +0.0 ± 2.3 |") and lines[6].endswith("| nothing |")
+    assert lines[7].startswith("| 25x100 | as printed | before tuning | +11.0 ± 2.5 |")
 
 
 def test_the_spread_is_the_standard_deviation_over_seeds(tmp_path):
@@ -88,6 +97,9 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     found = results(tmp_path, runs)
     front.draw_front(found, tmp_path / "front.svg")
     assert "Q1 barred" in (tmp_path / "front.svg").read_text()
-    assert front.draw_noise(found, tmp_path / "noise.svg")
+    assert not front.draw_noise(found, tmp_path / "none.svg")  # one share of noise compares nothing
+    pairs = ((ours, 0.9), (random, 1.0), (FULL_DATA, 0.95))
+    noisy = [made(flags, 0, held=held, data="noise-all-0.6") for flags, held in pairs]
+    assert front.draw_noise(results(tmp_path, runs + noisy), tmp_path / "noise.svg")
     assert "+0.100" in (tmp_path / "noise.svg").read_text() and "+0.050" in (tmp_path / "noise.svg").read_text()
-    assert not front.draw_noise(results(tmp_path, runs[:1]), tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()

@@ -60,7 +60,7 @@ def test_the_quickstart_ends_in_its_summary_of_eight_lines():
         assert f"{made['total']['samples_kept']:,}" in lines[2]
         assert f"{made['after']['heldout_loss']:.3f}" in lines[-1]
         kept = sum(row.get("kept", 0) for row in made["plants"].values())
-        noise = sum(made["plants"][kind].get("kept", 0) for kind in quickstart.NOISE)
+        noise = sum(made["plants"][kind].get("kept", 0) for kind in quickstart.NOISE_KINDS)
         assert kept == made["total"]["samples_kept"] and f"{noise / kept:.0%}" in lines[3]
     total = result["runs"]["Q-Tuning"]["total"]
     assert sum(total[name] for name in selection.SOURCES) == total["samples_kept"]

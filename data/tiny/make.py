@@ -66,6 +66,7 @@ from data.tiny.wording import (
     DESCRIBE,
     DETAILS,
     LISTS,
+    NOISE_KINDS,
     NUMBER_WORDS,
     OPENERS,
     PROBLEM_LEADS,
@@ -226,7 +227,7 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """Type, numbers and unit: what is asked, whoever and whatever it is about."""
+        """Type, numbers and unit: equal for problems that differ in names, items and wording alone."""
         numbers = [self.slots[name] for name in "abcd" if "{" + name + "}" in PROBLEMS[self.type][0]]
         return f"{self.type}{numbers}{self.slots['u'] if self.type in UNITS else ''}"
 
@@ -275,7 +276,6 @@ def make_problem(rng: random.Random, type: str, unit_size: dict[str, int], reser
 
 # ------------------------------------------------------------------------------------------------- rows
 
-NOISE_KINDS = ("wrong", "swapped", "garbled", "gibberish", "truncated")
 # (kind, form): rows before any is spoilt
 ROWS = {
     ("clean", "fact"): 820,
@@ -375,7 +375,7 @@ def spoilt(rng: random.Random, noise: str, draft: Draft, other: Draft) -> str:
 
 
 def make_sft(seed: int, noise: float = 0.3, noise_kinds: tuple[str, ...] = NOISE_KINDS) -> list[dict]:
-    """The SFT rows in the order of the file, of which the share `noise` is spoilt."""
+    """The SFT rows in the order of the file. Noise kinds replace the answers of a share `noise` of them."""
     world, rng = make_world(seed), rng_for(seed, "sft")
     rows: list[Draft] = []
     for (kind, form), count in ROWS.items():
@@ -457,7 +457,7 @@ def make_heldout(seed: int, split: str) -> list[dict]:
 # -------------------------------------------------------------------------------- pre-training text
 
 RARE_CHANCE = 0.12  # how often a fact to learn is told where a common one would be
-TRUTH_CHANCE = 0.2  # how often the truth is told of a fact, or of a unit's size, where pre-training has a falsehood
+TRUTH_CHANCE = 0.2  # how often pre-training says the truth where it mostly has a falsehood: facts, sizes of units
 MORE_STEPS_CHANCE = 0.1  # how often a worked problem has more than one step
 MIXTURE = {"profile": 26, "quiz": 34, "description": 10, "worked": 18, "unit": 6, "equations": 4, "chatter": 2}
 

@@ -1,13 +1,15 @@
 """The words of the embedded world: sentence patterns with choices, and the lists that fill them.
 
-A pattern is text with slots {name}, which the caller fills, and choices [one|two|three], of which `say` draws one with
-equal chance. [adj] without a bar draws from the list LISTS["adj"]. Choices may stand inside choices.
+A pattern is text with slots {name}, which the caller fills, and choices [one|two|three]. `say` draws one option of each
+choice with equal chance. [adj] without a bar draws from the list LISTS["adj"]. Choices may be nested.
 """
 
 from __future__ import annotations
 
 import random
 import re
+
+NOISE_KINDS = ("wrong", "swapped", "garbled", "gibberish", "truncated")  # of rows, see make.py
 
 CHOICE = re.compile(r"\[([^\[\]]*)\]")  # an innermost one
 
