@@ -25,7 +25,7 @@ from qtuning import IGNORE_INDEX
 from reproduce import choices, presets, readings
 from reproduce.noise import proportions_margin
 from reproduce.readings import DEFAULT, VARIANTS
-from training.files import read_json, read_jsonl
+from training.files import read_json, read_jsonl, write_json
 from training.head import TokenLoss
 from training.packing import pack
 from training.ranks import Ranks
@@ -354,10 +354,15 @@ def test_a_model_without_dropout_has_the_same_scores_in_both_modes_and_one_with_
 
 @pytest.fixture(scope="module")
 def scale(tmp_path_factory):
-    """One step of the embedded default, two items a test."""
-    preset = presets.tiny(tmp_path_factory.mktemp("scale"))
+    """One step of 32 rows of the embedded default, two items a test, 20 held-out rows."""
+    folder = tmp_path_factory.mktemp("scale")
+    preset = presets.tiny(folder)
+    held = {name: folder / f"{name}.json" for name in ("heldout", "valid")}
+    for name, path in held.items():
+        write_json(path, presets.rows_of(getattr(preset, name))[:20])
     tests = {task: (module, (*flags, "--limit", "2")) for task, (module, flags) in presets.TINY_TESTS.items()}
-    preset = dataclasses.replace(preset, settings=(*preset.settings, "--max-steps", "1"), tests={"WizardLM": tests})
+    settings = (*preset.settings, "--max-steps", "1", "--grad-accum", "4")
+    preset = dataclasses.replace(preset, **held, settings=settings, tests={"WizardLM": tests})
     preset.make_files(preset, set())
     return preset
 
@@ -373,7 +378,7 @@ def test_variants_train_with_their_pruner_loss_and_rows(scale, tmp_path):
     assert trimmed["answer_tokens_kept"] < default["answer_tokens_kept"]
     assert mean_of_means["answer_tokens_kept"] == default["answer_tokens_kept"]
     assert mean_of_means["loss"] != default["loss"]
-    assert no_eos["answer_tokens_seen"] == default["answer_tokens_seen"] - 160  # one of each row
+    assert no_eos["answer_tokens_seen"] == default["answer_tokens_seen"] - 32  # one of each row
     # A held-out row's own EOS stays a token of its loss.
     untuned = choices.running.run_of(scale, "embedded", "WizardLM", None, 0)
     before = choices.running.rows_measures(scale, untuned, scale.models["embedded"], scale.heldout)["rows_nll"]

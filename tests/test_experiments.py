@@ -19,7 +19,7 @@ from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, SamplePruner, TokenPruner, sc
 from reproduce import __main__ as command_line
 from reproduce import cost, noise, paper, presets, report, runs, tables
 from reproduce.experiments import EXPERIMENTS, SMALL, WIZARD, qtuning, row, rows
-from training.files import read_json
+from training.files import read_json, write_json
 
 ROOT = Path("runs")
 PRESETS = {name: make(ROOT / name) for name, make in presets.PRESETS.items()}
@@ -206,11 +206,14 @@ def test_what_runs_a_pruner_names_none(module):
 
 @pytest.fixture
 def small_scale(tmp_path):
-    """Two steps of the embedded default, four items a test."""
+    """Two steps of 32 rows of the embedded default, four items a test, 20 held-out rows."""
     preset = presets.tiny(tmp_path)
+    held = {name: tmp_path / f"{name}.json" for name in ("heldout", "valid")}
+    for name, path in held.items():
+        write_json(path, presets.rows_of(getattr(preset, name))[:20])
     tests = {task: (module, (*flags, "--limit", "4")) for task, (module, flags) in presets.TINY_TESTS.items()}
-    settings = (*preset.settings, "--max-steps", "2")
-    return dataclasses.replace(preset, settings=settings, tests={WIZARD: tests, "OpenHermes": tests})
+    settings = (*preset.settings, "--max-steps", "2", "--grad-accum", "4")
+    return dataclasses.replace(preset, **held, settings=settings, tests={WIZARD: tests, "OpenHermes": tests})
 
 
 def test_a_run_is_made_once_and_its_summary_is_what_it_did(small_scale, tmp_path, monkeypatch):
@@ -220,7 +223,7 @@ def test_a_run_is_made_once_and_its_summary_is_what_it_did(small_scale, tmp_path
     folder = tmp_path / runs.key(small_scale, run)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert (made["steps"], made["seed"], made["flags"]) == (2, 1, list(run.flags))
-    assert made["samples_kept"] == sum(m["samples_kept"] for m in metrics) == 40
+    assert made["samples_kept"] == sum(m["samples_kept"] for m in metrics) == 8
     assert made["held"]["rows_nll"] == [round(metrics[-1]["eval_rows_nll"], 5)]
     for task in ("arc", "gsm8k"):
         scored = read_json(folder / f"{task}.json")

@@ -193,7 +193,9 @@ def test_a_model_that_lacks_an_embedding_is_refused_before_anything_is_written(b
         trained(tmp_path / "small", tmp_path / "rows.jsonl", tmp_path / "run", "--template", "default")
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.count("\n") == 1
-    assert "the token '<|im_end|>' has id 1692, but the model embeds 1691 tokens (the tokenizer has 1693)" in said
+    size = json.loads((BASE / "config.json").read_text())["vocab_size"]
+    sizes = f"has id {size + 1}, but the model embeds {size} tokens (the tokenizer has {size + 2})"
+    assert f"the token '<|im_end|>' {sizes}" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -203,6 +205,7 @@ def test_scoring_refuses_such_rows_before_it_writes(base, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Hi", "response": "<|im_end|>"}) + "\n")
     shutil.copytree(base, tmp_path / "small")
     shutil.copyfile(BASE / "config.json", tmp_path / "small" / "config.json")
+    size = json.loads((BASE / "config.json").read_text())["vocab_size"]
     flags = [
         "--model",
         str(tmp_path / "small"),
@@ -213,5 +216,5 @@ def test_scoring_refuses_such_rows_before_it_writes(base, tmp_path, capsys):
     ]
     with pytest.raises(SystemExit) as caught:
         score_rows.main(["base_nll", *flags, "--template", "default"])
-    assert caught.value.code == 2 and "the token '<|im_end|>' has id 1692" in capsys.readouterr().err
+    assert caught.value.code == 2 and f"the token '<|im_end|>' has id {size + 1}" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
