@@ -1,5 +1,6 @@
 """Ranks: what travels between them, the same choices on any number of them, and how a failing one ends the job."""
 
+import datetime
 import json
 import math
 import os
@@ -8,17 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from forked import Failed, on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from pretended_gpu import GPU
 
 import pruners
 import train
 from data.sft import Sample
 from data.stream import fingerprint
+from training import ranks as ranks_file
 from training.ranks import Ranks, share
 
 ROOT = Path(train.__file__).parent
@@ -182,6 +186,41 @@ def test_the_rank_that_fails_says_so_once_and_ends_the_job(checkpoint, rows, tmp
     assert failed.value.errors[rank].splitlines()[-1] == f"train.py: rank {rank}: row 7 is odd"
     assert "Traceback" not in "".join(failed.value.errors) and "odd" not in failed.value.errors[1 - rank]
     assert time.monotonic() - started < 15
+
+
+def hanging(argv, error):
+    """Train; rank 1 fails in the second step, and leaving the group never ends there."""
+    ranks_file.LEAVING = 2
+    if os.environ["RANK"] == "1":
+        ranks_file.dist.destroy_process_group = lambda: time.sleep(60)
+    failing(argv, 1, error)
+
+
+@pytest.mark.parametrize("error", [ValueError("row 7 is odd"), RuntimeError("a bug")])
+def test_a_rank_that_cannot_leave_the_group_still_says_why(checkpoint, rows, tmp_path, error):
+    started = time.monotonic()
+    with pytest.raises(Failed) as failed:
+        on_ranks(2, hanging, argv_of(checkpoint, rows, tmp_path / "run"), error)
+    assert failed.value.codes == [2, 2]
+    said = failed.value.errors[1].splitlines()
+    assert said[-1] == ("rank 1: row 7 is odd" if isinstance(error, ValueError) else "RuntimeError: a bug")
+    assert sum("odd" in line or "a bug" in line for line in said) == 1 and "Traceback" not in failed.value.errors[0]
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(("kind", "backend", "device"), [("cpu", "gloo", None), ("cuda", "nccl", GPU)])
+def test_the_group_has_a_timeout_and_a_device_and_is_left_after_an_error(monkeypatch, kind, backend, device, gpu):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks_file, "fails_first", lambda: True)
+    monkeypatch.setattr(ranks_file.threading, "Timer", mock.Mock())
+    calls = []
+    monkeypatch.setattr(ranks_file.dist, "init_process_group", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(ranks_file.dist, "destroy_process_group", lambda: calls.append("left"))
+    hour = datetime.timedelta(hours=1)
+    with pytest.raises(ValueError, match="odd"), Ranks.joined(kind, patience=hour):
+        raise ValueError("odd")
+    assert calls == [((backend,), {"timeout": hour, "device_id": device}), "left"]
 
 
 def test_a_bug_leaves_its_traceback_once(checkpoint, rows, tmp_path):

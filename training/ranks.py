@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -79,6 +80,20 @@ def _first_on_store() -> bool:
         return True
 
 
+USERS = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)  # errors that a user can put right
+
+
+def in_one_line(error: BaseException) -> str:
+    """The message of one of USERS; of several ranks, with this one's number."""
+    message = str(error)
+    if isinstance(error, torch.OutOfMemoryError):  # train.py says more: see training/memory.py
+        message = f"out of GPU memory, try smaller batches: {message}"
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        message = f"{error.filename}: {error.strerror}"
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    return f"{rank}{' '.join(message.split())}"
+
+
 @contextlib.contextmanager
 def errors_in_one_line(prog: str) -> Iterator[None]:
     """End the process with status 2 and the line `prog: message` where a user can put things right.
@@ -87,20 +102,28 @@ def errors_in_one_line(prog: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except USERS as error:
         if fails_first():
-            message = str(error)
-            if isinstance(error, torch.OutOfMemoryError):  # train.py says more: see training/memory.py
-                message = f"out of GPU memory, try smaller batches: {message}"
-            elif isinstance(error, OSError) and error.filename and error.strerror:
-                message = f"{error.filename}: {error.strerror}"
-            rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-            print(f"{prog}: {rank}{' '.join(message.split())}", file=sys.stderr, flush=True)
+            print(f"{prog}: {in_one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except RuntimeError:  # among others from a collective that another rank has left
         if fails_first():
             raise
         raise SystemExit(2) from None
+
+
+LEAVING = 30  # seconds that leaving the group may take after an error
+
+
+def end_now(unsaid: list[BaseException]) -> None:
+    """End this process, whatever it waits for, and say why where nobody has."""
+    for error in unsaid:
+        if isinstance(error, USERS):
+            print(in_one_line(error), file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(2)
 
 
 # ------------------------------------------------------------------------------------------------- ranks
@@ -138,18 +161,21 @@ class Ranks:
             return
         backend, device_id = ("nccl", device) if kind == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=patience, device_id=device_id)
+        unsaid = []
         try:
             yield cls(rank, world, device)
             dist.barrier()  # rank 0 may still be writing
-        except BaseException:
-            fails_first()  # asked before this rank leaves the group, which makes the others fail
+        except BaseException as error:
+            if fails_first():  # asked before this rank leaves the group, which makes the others fail
+                unsaid.append(error)
             # Leaving may wait for work on the GPU that the others never join: the process ends all the same.
-            last_resort = threading.Timer(30, os._exit, args=(2,))
+            last_resort = threading.Timer(LEAVING, end_now, args=(unsaid,))
             last_resort.daemon = True
             last_resort.start()
             raise
         finally:
             dist.destroy_process_group()
+            unsaid.clear()  # the caller says it
 
     @classmethod
     def current(cls) -> Ranks:
