@@ -46,7 +46,7 @@ from training.lora import add_lora, save_adapter
 from training.model_folder import tokenizer_files
 from training.packing import check_varlen
 from training.ranks import Ranks, chosen_device, chosen_dtype, errors_in_one_line
-from training.run_folder import Run, input_hashes, owned
+from training.run_folder import Run, input_hashes, owned, weights_hash
 from training.scoring import Scorer, kept_batches, mean_nll, not_finite
 from training.shard import shard, whole_model
 from training.signals import Stopped, StopRequest
@@ -259,6 +259,7 @@ def train_on(
     del template  # ends the process that renders chat templates
     samples = change_rows(samples) if change_rows else samples
     ranks.check_same(lambda: fingerprint(samples), f"the rows of --data {cfg.data}, as tokens")
+    ranks.check_same(lambda: int(weights_hash(cfg.model), 16) >> 1, f"the weights in --model {cfg.model}")
     global_batch, per_step, schedule_steps, last_step = plan(cfg, len(samples), ranks.world)
     stream, note = row_stream(cfg, samples, lambda: first_losses(model, samples, cfg, ranks, autocast))
     side = read_side_values(cfg, samples, stream.rows)
@@ -331,8 +332,9 @@ def train_on(
         grad_norm = (grad_norm.full_tensor() if cfg.shard else grad_norm).item()
         loss = ranks.sum(loss_sum.double()).item() / num_kept
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            broken = [samples[rows[place]] for place, nll in nlls if not nll.isfinite().all()]
-            raise not_finite(cfg, step, f"the loss ({loss}) or the gradient's norm ({grad_norm})", broken)
+            broken = ranks.gather([rows[place] for place, nll in nlls if not nll.isfinite().all()])
+            what = f"the loss ({loss}) or the gradient's norm ({grad_norm})"
+            raise not_finite(cfg, step, what, [samples[row] for row in broken])
         differentiated = time.perf_counter()
         with memory.noted("the optimizer's step"):
             optimizer.step()

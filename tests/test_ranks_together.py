@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,9 @@ import pruners
 import train
 from data.sft import Sample
 from data.stream import fingerprint
+from model import Transformer
 from training import ranks as ranks_file
+from training.head import TokenLoss
 from training.ranks import Ranks, share
 
 ROOT = Path(train.__file__).parent
@@ -196,6 +199,32 @@ def hanging(argv, error):
     failing(argv, 1, error)
 
 
+def broken_on_rank_1(argv, first):
+    """Train; the first row of rank 1 has a NaN, and of the ranks, `first` is the first to fail."""
+    real = TokenLoss.forward
+
+    def forward(self, *inputs):
+        loss, nll = real(self, *inputs)
+        if os.environ["RANK"] == "1":
+            nll[0] = math.nan
+        return loss + nll.sum(), nll
+
+    TokenLoss.forward = forward
+    ranks_file.fails_first = lambda: os.environ["RANK"] == str(first)
+    train.main(argv)
+
+
+def test_a_row_whose_loss_is_not_finite_is_named_by_a_rank_that_does_not_have_it(checkpoint, rows, tmp_path):
+    flags, said = ["--sample-pruner", "none", "--token-pruner", "none"], []
+    for first in range(2):
+        with pytest.raises(Failed) as failed:
+            on_ranks(2, broken_on_rank_1, argv_of(checkpoint, rows, tmp_path / str(first), *flags), first)
+        (line,) = [line for line in "".join(failed.value.errors).splitlines() if line.startswith("train.py: ")]
+        said.append(line.removeprefix(f"train.py: rank {first}: "))
+    assert said[0] == said[1] and "step 1: the loss (nan)" in said[0]
+    assert said[0].count(" in row 'r") == 1 and " more" not in said[0]
+
+
 @pytest.mark.parametrize("error", [ValueError("row 7 is odd"), RuntimeError("a bug")])
 def test_a_rank_that_cannot_leave_the_group_still_says_why(checkpoint, rows, tmp_path, error):
     started = time.monotonic()
@@ -276,6 +305,32 @@ def test_resume_without_a_shared_folder_says_what_it_needs(checkpoint, rows, mac
         on_ranks(2, elsewhere, [*argv, "--resume"], machines)
     (line,) = [line for line in "".join(failed.value.errors).splitlines() if "--resume" in line]
     assert line.startswith("train.py: rank 1: --resume: run/checkpoint/state.pt is not on ") and "share" in line
+
+
+def test_ranks_that_read_different_weights_say_so_before_the_first_step(checkpoint, rows, machines):
+    for folder, scale in zip(machines, (1, 2), strict=True):
+        model = Transformer.from_pretrained(checkpoint)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(scale)
+        model.save_pretrained(folder / "model")
+    with pytest.raises(Failed) as failed:
+        on_ranks(2, elsewhere, argv_of("model", rows, "run"), machines)
+    (line,) = "".join(failed.value.errors).splitlines()
+    assert "the weights in --model model: not the same on rank 0 and on rank 1" in line
+    assert not (machines[0] / "run").exists()
+
+
+def test_a_copy_of_the_checkpoint_on_each_machine_resumes_and_one_of_another_step_is_refused(
+    checkpoint, rows, machines
+):
+    argv = argv_of(checkpoint, rows, "run")
+    on_ranks(2, elsewhere, [*argv, "--max-steps", "1"], machines)
+    shutil.copytree(machines[0] / "run" / "checkpoint", machines[1] / "run" / "checkpoint")
+    on_ranks(2, elsewhere, [*argv, "--max-steps", "2", "--resume"], machines)
+    with pytest.raises(Failed) as failed:
+        on_ranks(2, elsewhere, [*argv, "--max-steps", "3", "--resume"], machines)
+    (line,) = [line for line in "".join(failed.value.errors).splitlines() if "--resume" in line]
+    assert "--resume: the run and step of run/checkpoint/state.pt: not the same on rank 0 and on rank 1" in line
 
 
 SAMPLE = {"id": "a", "input_ids": [1, 2, 3], "labels": [-100, 2, 3]}

@@ -242,6 +242,8 @@ class Run:
                 )
             # A GPU copies from the mapped file, so that nothing of it stays in memory.
             state = read_checkpoint(self.checkpoint, mapped=self.ranks.device.type == "cuda")
+            read = int(digest([f"{state['run_id']} {state['step']}".encode()]), 16) >> 1
+            self.ranks.check_same(lambda: read, f"--resume: the run and step of {self.checkpoint}")
             if self.cfg.shard:
                 state = own_parts(state, trainable)
             for name, parameter in trainable.items():
