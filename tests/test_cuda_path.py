@@ -123,6 +123,14 @@ def test_fp32_does_not_fall_to_the_math_kernel(folders, rows, tmp_path, gpu):
     fp32(folders["llama"], rows, tmp_path / "run")
 
 
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_heads_of_a_size_that_varlen_does_not_take_go_row_by_row(head_dim, gpu):
+    q, k = (torch.randn(1, heads, 13, head_dim).bfloat16().to("cuda") for heads in (4, 2))
+    packing.attend_packed([4, 9], 6, GPU)(0, q, k, k)
+    assert not Cuda.calls.get("torch_attn._varlen_attn.default")
+    assert Cuda.attended == {(torch.bfloat16, False), (torch.bfloat16, True)}  # 9 tokens are beyond the window
+
+
 PRUNERS = [
     ("random", "fastv"),
     ("entropy", "sparsevlm-text"),

@@ -59,14 +59,14 @@ def packed(model: Transformer, lengths: list[int]) -> tuple[Tensor, Attend]:
 def attend_packed(lengths: list[int], window: int | None, device: torch.device) -> Attend:
     """Causal attention within each of the rows of these lengths, which stand end to end.
 
-    On a GPU in 16 bits it is one varlen_attn call, otherwise one call per row: a mask over all pairs of tokens
-    costs far more.
+    On a GPU in 16 bits it is one varlen_attn call, where its kernel takes heads of this size. Otherwise it is one call
+    per row: a mask over all pairs of tokens costs far more.
     """
     each = functools.cache(lambda length: attend_rows(length, window, device))  # a mask only for a row that reads it
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and fits_varlen(q.shape[-1]):
             return varlen_attention(q, k, v, ends, max(lengths), window)
         if len(lengths) == 1:
             return each(lengths[0])(layer, q, k, v)
@@ -74,6 +74,11 @@ def attend_packed(lengths: list[int], window: int | None, device: torch.device) 
         return torch.cat([each(length)(layer, *qkv) for length, *qkv in rows], dim=2)
 
     return attend
+
+
+def fits_varlen(head_dim: int) -> bool:
+    """Whether the kernel of `varlen_attention` takes heads of this size; attention row by row pads them."""
+    return head_dim % 8 == 0 and head_dim <= 256
 
 
 def check_varlen() -> None:
