@@ -162,7 +162,7 @@ def test_config_json_says_what_was_chosen(checkpoint, rows, tmp_path, monkeypatc
 # ------------------------------------------------------------------------------------- out of memory
 
 ERROR = (
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.00 GiB is free."
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 3 has a total capacity of 79.15 GiB of which 1.00 GiB is free."
 )
 
 
@@ -207,6 +207,13 @@ def test_the_cpus_allocator_is_understood_and_other_errors_pass():
     with pytest.raises(RuntimeError, match=r"^a bug$") as error, memory.explained(cfg, 2), memory.noted("a pass"):
         raise RuntimeError("a bug")
     assert not hasattr(error.value, "__notes__")
+    for said in ("CUDA error: out of memory\nhints", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"):
+        with (
+            pytest.raises(MemoryError, match=r"in a pass \(CUDA error"),
+            memory.explained(cfg, 2),
+            memory.noted("a pass"),
+        ):
+            raise RuntimeError(said)
 
 
 # ------------------------------------------------------------------------- what each part takes

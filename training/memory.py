@@ -20,6 +20,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -156,7 +157,11 @@ def free_bytes(device: torch.device) -> int:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the CPU had too little memory for torch."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # of the CPU's allocator, of CUDA and NCCL beside torch's allocator, of cuBLAS
+    said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(words in str(error) for words in said)
 
 
 @contextlib.contextmanager
@@ -185,5 +190,5 @@ def explained(cfg, ranks: int) -> Iterator[None]:
         flags += ["no --reuse-forward"] if cfg.reuse_forward else []
         flags += [] if cfg.lora_rank else ["--lora-rank 8"]
         flags += ["--shard"] if ranks > 1 and not cfg.shard else []
-        reason = str(error).strip().splitlines()[0].partition(" GPU 0 has")[0]
+        reason = re.split(r" GPU \d+ has", str(error).strip().splitlines()[0])[0]
         raise MemoryError(f"out of memory in {doing} ({reason}); what helps: {', '.join(flags)}") from error
