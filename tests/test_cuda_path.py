@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from eval import arc, gsm8k
 from model import ModelConfig, Transformer
 from pruners import score_rows
 from training import checkpoint as checkpoint_file
-from training import head, lora, packing, scoring
+from training import head, lora, packing, run_folder, scoring
 from training.head import TokenLoss
 from training.packing import pack
 
@@ -149,19 +150,27 @@ def test_every_pruner_runs(checkpoint, rows, tmp_path, sample_pruner, token_prun
 
 
 def resumed(checkpoint, rows, out, monkeypatch, *flags):
-    """A run goes on as if never stopped, and its checkpoint is read from the mapped file, not onto the GPU."""
-    load, reads = torch.load, []
+    """A run goes on as if never stopped; its checkpoint is read from the mapped file, not onto the GPU, and freed."""
+    load, steps, reads, loaded = torch.load, run_folder.Run.steps, [], []
 
     def watched(file, map_location=None, **settings):
         reads.append((map_location, settings["mmap"]))
-        return load(file, map_location=map_location, **settings)
+        state = load(file, map_location=map_location, **settings)
+        moments = [value for of_one in state["optimizer"]["state"].values() for value in of_one.values()]
+        loaded.extend(map(weakref.ref, (*state["trainable"].values(), *moments)))
+        return state
+
+    def first_step(*args):
+        assert not any(part() is not None for part in loaded), "the checkpoint stays in memory"
+        return steps(*args)
 
     monkeypatch.setattr(torch, "load", watched)
+    monkeypatch.setattr(run_folder.Run, "steps", first_step)
     flags = [*flags, "--sample-pruner", "infobatch", "--grad-accum", "10"]  # a step takes an epoch's rows
     whole = run(checkpoint, rows, out / "whole", *flags, "--epochs", "8", "--max-steps", "3")
     run(checkpoint, rows, out / "cut", *flags, "--epochs", "8", "--max-steps", "2")
     cut = run(checkpoint, rows, out / "cut", *flags, "--epochs", "8", "--max-steps", "3", "--resume")
-    assert set(reads) == {("cpu", True)}, "the checkpoint is read onto the GPU"
+    assert loaded and set(reads) == {("cpu", True)}, "the checkpoint is read onto the GPU"
     assert [m["loss"] for m in cut] == [m["loss"] for m in whole]
 
 
@@ -347,6 +356,12 @@ MISTAKES = {
         checkpoint_file.read_checkpoint,
         'map_location="cpu"',
         'map_location="cuda"',
+        "resume",
+    ),
+    "the checkpoint stays in memory": (
+        run_folder.Run.resume,
+        'done = state["step"]',
+        'done, self.state = state["step"], state',
         "resume",
     ),
     "texts are generated in fp32": (eval.during.eval_scores, "with autocast:", "if True:", "eval"),
