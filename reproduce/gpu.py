@@ -9,6 +9,7 @@
     speed     tokens per second, share of peak and memory against the formula, for passes of several sizes
     step      train.py at 12.5 % x 50 % on random weights: where the seconds of a step go
     tiles     the head's tiles and blocks of rows, against the defaults of training/head.py
+    compile   norms, rotary positions and feed-forward layers under torch.compile, against eager
 
 Weights are random: no download. Each finding is written as soon as it is there, so that a run that is cut off leaves
 what it has. What fails is a finding too. The exit status is 1 if a check fails.
@@ -35,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import model
 import train
 from data.sft import Sample
 from model import ModelConfig, Transformer
@@ -222,7 +224,7 @@ def one_form(report: Report, key: str, cfg: ModelConfig, lora_rank: int) -> None
     rough = network(cfg, lora_rank, torch.bfloat16 if lora_rank else torch.float32, device)
     with torch.no_grad():
         for p, q in zip(exact.parameters(), rough.parameters(), strict=True):
-            p.copy_(q)
+            p.copy_(q.normal_(0, 0.05) if lora_rank and q.requires_grad else q)  # B is 0 and would hide A
     calls, real = [], packing.varlen_attention
     with mock.patch.object(packing, "varlen_attention", lambda *args: calls.append(1) or real(*args)):
         found = [score(exact, rows, 1, report.autocast(False)), score(rough, rows, 10**6, report.autocast())]
@@ -261,6 +263,7 @@ def one_form(report: Report, key: str, cfg: ModelConfig, lora_rank: int) -> None
 
 def run_train(report: Report, out: Path, *flags: object) -> list[dict]:
     """Train in this process, silently; metrics.jsonl."""
+    report.reset_peak()
     argv = ["--out", out, "--device", report.device.type, *flags]
     with contextlib.redirect_stdout(io.StringIO()):
         train.train(train.parse_config([str(arg) for arg in argv]))
@@ -302,9 +305,7 @@ def trains(report: Report) -> None:
 def speed(report: Report) -> None:
     """Tokens per second and memory of passes, by model, mode and size."""
     peak = next((value for name, value in PEAK.items() if name in report.found["device"]), None)
-    size = 8192 if report.cuda else 256
-    a, b = (torch.randn(size, size, device=report.device, dtype=torch.bfloat16) for _ in range(2))
-    matmul = 2 * size**3 / report.seconds(lambda: a @ b)
+    matmul = rate_of_products(report, 8192 if report.cuda else 256)
     report.note("speed: FLOP/s of a square matrix product, of the data sheet", [matmul, peak])
     sizes = (2048, 4096, 8192, 16_384) if report.cuda else (64, 128)
     for name, mode in itertools.product(reversed(SHAPES), memory.MODES):
@@ -312,6 +313,12 @@ def speed(report: Report) -> None:
             continue
         with report.attempt(f"speed: {name}, {mode}"):
             passes(report, name, mode, sizes, peak or matmul)
+
+
+def rate_of_products(report: Report, size: int) -> float:
+    """FLOP/s of the product of two square matrices; nothing of them stays in memory."""
+    a, b = (torch.randn(size, size, device=report.device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / report.seconds(lambda: a @ b)
 
 
 def passes(report: Report, name: str, mode: str, sizes: tuple[int, ...], peak: float) -> None:
@@ -343,8 +350,9 @@ def passes(report: Report, name: str, mode: str, sizes: tuple[int, ...], peak: f
         found = {"tokens_per_s": tokens / seconds, "of_peak": flops(cfg, rows, mode) / seconds / peak}
         report.note(key, found | {"gib": report.peak_gib(), "formula_gib": formula})
         if report.cuda:
-            ratio = report.peak_gib() / formula
-            report.check(f"{key}: memory over formula", ratio, "0.75 to 1.1", 0.75 < ratio < 1.1)
+            ratio, more = report.peak_gib() / formula, report.peak_gib() - formula
+            passed = 0.75 < ratio < 1.1 or 0 < more < 0.1  # cuBLAS takes its workspaces from torch's allocator
+            report.check(f"{key}: memory over formula", ratio, "0.75 to 1.1, or at most 0.1 GiB more", passed)
 
 
 # ---------------------------------------------------------------------------------------------- step
@@ -427,9 +435,31 @@ def swept(report: Report, key: str, sizes: dict, choices: Iterable, work: Callab
             report.check(f"{key}: the default {default} over the best", slower, "below 1.15", slower < 1.15)
 
 
+# ------------------------------------------------------------------------------------------- compile
+
+
+def compiled(report: Report) -> None:
+    """Milliseconds of a scoring and of a training pass, eager and with torch.compile on what is pointwise."""
+    cfg = report.shape("LLaMA2-7B")
+    net = network(cfg, 8, torch.bfloat16, report.device)
+    scored, kept = made_rows(cfg, 8192 if report.cuda else 128), made_rows(cfg, 1024 if report.cuda else 64, seed=1)
+    compiler = functools.partial(torch.compile, dynamic=True, backend="inductor" if report.cuda else "eager")
+    for way in ("eager", "compiled"):
+        with report.attempt(f"compile: {way}"), contextlib.ExitStack() as patches:
+            if way == "compiled":
+                for owner, name in ((model.RMSNorm, "forward"), (model.FeedForward, "forward"), (model, "rotate")):
+                    patches.enter_context(mock.patch.object(owner, name, compiler(getattr(owner, name))))
+            started = time.perf_counter()
+            found = {
+                "score_ms": 1e3 * report.seconds(lambda: score(net, scored, 10**6, report.autocast())),
+                "train_ms": 1e3 * report.seconds(lambda: loss_of(net, kept, report.autocast()).backward()),
+            }
+            report.note(f"compile: {way}", found | {"all_s": time.perf_counter() - started})
+
+
 # ------------------------------------------------------------------------------------------- command
 
-PARTS = {"correct": correct, "trains": trains, "speed": speed, "step": step, "tiles": tiles}
+PARTS = {"correct": correct, "trains": trains, "speed": speed, "step": step, "tiles": tiles, "compile": compiled}
 IN_FP32_TOO = ("trains", "step")  # train.py chooses the dtype of these; the others are about bf16
 
 
@@ -474,6 +504,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             kind = chosen_device(args.device)
             check_bf16(args.parts, kind)
+            if kind == "cuda" and chosen_dtype("auto", kind) == "bf16":
+                packing.check_varlen()
             report = Report(torch.device(kind, 0) if kind == "cuda" else torch.device("cpu"), args.out)
             for part in tqdm(args.parts, desc="gpu checks", disable=not sys.stderr.isatty()):
                 with report.attempt(part):

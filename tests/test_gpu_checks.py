@@ -1,12 +1,15 @@
 """reproduce.gpu: its reduced form on a CPU, and that its checks fail where something is wrong."""
 
+import gc
 import json
 from unittest import mock
 
 import pytest
 import torch
 from pretended_gpu import Cuda, mutated
+from torch.nn.attention import varlen
 
+from reproduce import __main__ as reproduce
 from reproduce import gpu as checks
 from training import packing
 from training.memory import MODES
@@ -18,7 +21,7 @@ def run(out, *parts):
 
 
 def test_all_but_training_runs_on_a_cpu(tmp_path, capsys):
-    found = run(tmp_path / "gpu.json", "correct", "speed", "step", "tiles")
+    found = run(tmp_path / "gpu.json", *(part for part in checks.PARTS if part != "trains"))
     assert found["reduced"] and found["torch"] == torch.__version__ and "commit" in found
     assert len(found["checks"]) == 8 * 5 and all(check["passed"] for check in found["checks"].values())
     keys = found["findings"].keys()
@@ -26,8 +29,9 @@ def test_all_but_training_runs_on_a_cpu(tmp_path, capsys):
         assert f"speed: SmolLM2-1.7B, {mode}, 128 tokens" in keys
     assert {"step: LLaMA2-7B, reuse", "step: LLaMA2-7B: time over that of full data"} <= keys
     assert {"tiles: score, V 2000, H 64: ms, GiB", "tiles: train, V 2000, H 64: ms, GiB"} <= keys
+    assert {"compile: eager", "compile: compiled"} <= keys
     assert capsys.readouterr().out.rstrip().endswith("0 of 40 checks failed")
-    checks.main(["--out", str(tmp_path / "gpu.json"), "--table"])
+    reproduce.main(["gpu", "--out", str(tmp_path / "gpu.json"), "--table"])
     assert "| correct: qwen2, LoRA: gradient, cosine |" in capsys.readouterr().out
 
 
@@ -91,6 +95,26 @@ def test_parts_about_bf16_are_refused_on_a_gpu_without_it(tmp_path, monkeypatch,
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         checks.main([*flags, "trains", "speed"])
         assert ran[2:] == ["trains", "speed"]
+
+
+def test_a_torch_without_the_kernel_is_refused_before_any_part(tmp_path, monkeypatch, capsys, gpu):
+    monkeypatch.delattr(varlen, "varlen_attn")
+    with mock.patch.dict(checks.PARTS, {"trains": lambda report: 1 / 0}), pytest.raises(SystemExit) as end:
+        checks.main(["--out", str(tmp_path / "gpu.json"), "--parts", "trains"])
+    assert end.value.code == 2 and "reproduce.gpu: bf16 on a GPU needs torch 2.11" in capsys.readouterr().err
+
+
+def test_memory_is_measured_with_nothing_of_another_measurement_alive(tmp_path, monkeypatch):
+    def alive(report, name, mode, sizes, peak):
+        gc.collect()
+        found.append([tuple(x.shape) for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() >= 2**16])
+
+    found = []
+    monkeypatch.setattr(checks, "passes", alive)
+    gc.freeze()  # what other tests have left
+    checks.speed(checks.Report(torch.device("cpu"), tmp_path / "gpu.json"))
+    gc.unfreeze()
+    assert len(found) == 3 * len(MODES) - 2 and not any(found), found[0]
 
 
 def test_operations_are_those_of_the_products_counted_one_by_one():
