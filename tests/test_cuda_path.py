@@ -232,6 +232,7 @@ def side_files(checkpoint, rows, out, monkeypatch, whats):
         score_rows.main([str(arg) for arg in argv])
         assert len((out / "side" / f"{what}.jsonl").read_text().splitlines()) == 40
     assert dtypes == [torch.float32 if what == "less" else torch.bfloat16 for what in whats], "fp32 weights on the GPU"
+    assert all(settings["cache_enabled"] is False for settings in Cuda.autocasts), "autocast keeps its casts"
 
 
 def test_side_files(checkpoint, rows, tmp_path, monkeypatch, gpu):
@@ -369,6 +370,12 @@ MISTAKES = {
         score_rows.score_missing,
         "torch.bfloat16 if bf16 else torch.float32, device",
         "torch.float32, device",
+        "side files",
+    ),
+    "side files keep autocast's casts": (
+        score_rows.score_missing,
+        "cache_enabled=False",
+        "cache_enabled=True",
         "side files",
     ),
 }

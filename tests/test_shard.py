@@ -6,12 +6,14 @@ import pytest
 import torch
 from forked import on_ranks
 from safetensors.torch import load_file
+from torch.distributed import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import train
 from model import Transformer
 from training.lora import load_adapter
 from training.ranks import Ranks
-from training.shard import shard
+from training.shard import part_of, shard
 
 FULL, LORA = ["--lora-rank", "0"], ["--lora-rank", "4"]
 # 9 of 16 samples are kept, scored and trained, each in a pass of its own.
@@ -99,6 +101,17 @@ def test_each_rank_holds_its_share_of_the_parameters(checkpoint):
     total = sum(parameter.numel() for parameter in Transformer.from_pretrained(checkpoint).parameters())
     held = on_ranks(4, parameters_held, checkpoint)
     assert sum(held) == total and max(held) < 1.1 * total / 4
+
+
+def part_and_its_memory():
+    with Ranks.joined("cpu") as ranks:
+        like = distribute_tensor(torch.zeros(10, 4), init_device_mesh("cpu", (ranks.world,)), [Shard(0)])
+        part = part_of(torch.arange(40.0).view(10, 4), like).to_local()
+        return part[:, 0].tolist(), part.untyped_storage().nbytes()
+
+
+def test_a_part_of_a_checkpoint_does_not_keep_the_whole_tensor_in_memory():
+    assert on_ranks(4, part_and_its_memory) == [([0, 4, 8], 48), ([12, 16, 20], 48), ([24, 28, 32], 48), ([36], 16)]
 
 
 @pytest.mark.parametrize(
