@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import datetime
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -45,7 +44,7 @@ from training.head import TokenLoss
 from training.lora import add_lora, save_adapter
 from training.model_folder import tokenizer_files
 from training.packing import check_varlen
-from training.ranks import Ranks, chosen_device, chosen_dtype, errors_in_one_line
+from training.ranks import Ranks, chosen_device, chosen_dtype, errors_in_one_line, fails_first
 from training.run_folder import Run, input_hashes, owned, weights_hash
 from training.scoring import Scorer, kept_batches, mean_nll, not_finite
 from training.shard import shard, whole_model
@@ -419,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             train(parse_config(argv))
         except Stopped as asked:
-            if int(os.environ.get("RANK", 0)) == 0:
+            if fails_first():  # torchrun also stops the ranks that are left after an error
                 print(f"train.py: {asked}", file=sys.stderr)
             sys.exit(asked.status)
 

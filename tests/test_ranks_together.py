@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -189,6 +190,26 @@ def test_the_rank_that_fails_says_so_once_and_ends_the_job(checkpoint, rows, tmp
     assert failed.value.errors[rank].splitlines()[-1] == f"train.py: rank {rank}: row 7 is odd"
     assert "Traceback" not in "".join(failed.value.errors) and "odd" not in failed.value.errors[1 - rank]
     assert time.monotonic() - started < 15
+
+
+def stopped_later(argv):
+    """Train; rank 1 fails while it reads rows, and rank 0 is then stopped, as torchrun does."""
+
+    def load_samples(*args):
+        if os.environ["RANK"] == "1":
+            raise ValueError("row 7 is odd")
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    train.load_samples = load_samples
+    train.main(argv)
+
+
+def test_a_rank_that_is_stopped_because_another_failed_says_nothing(checkpoint, rows, tmp_path):
+    with pytest.raises(Failed) as failed:
+        on_ranks(2, stopped_later, argv_of(checkpoint, rows, tmp_path / "run"))
+    assert failed.value.codes == [143, 2]
+    assert failed.value.errors == ["", "train.py: rank 1: row 7 is odd\n"]
 
 
 def hanging(argv, error):
