@@ -11,7 +11,7 @@ readings are in pruners/.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from data.tiny.wording import NOISE_KINDS
@@ -138,12 +138,15 @@ CHOICES = {  # the default, and what other settings of ours give
 
 # Beyond the paper: what pruning pays, at which rate, and with how much noise among the rows.
 BARRED = ("--backfill-quadrants", "0,2,3,4")  # what is backfilled never comes from Q1 first
+ONCE = ("--reuse-scores", "2")  # in both epochs of the embedded default
 METHODS = {  # name -> flags at a budget
     "random": lambda budget, *more: row("Random", "Random", budget, *more),
     "entropy": lambda budget, *more: row("Entropy", "Random", budget, *more),
     "as printed": qtuning,
     "Q1 barred": lambda budget, *more: qtuning(budget, *BARRED, *more),
+    "Q1 barred, scored once": lambda budget, *more: qtuning(budget, *BARRED, *ONCE, *more),
 }
+COMPARED = ("random", "as printed", "Q1 barred")  # where the share of noise varies
 RATES = (0.3, 1.0, 3.0)  # factors of the preset's learning rate
 FULL_DATA = row("Random", "Random", "100x100")
 WHOLE = ("12.5x100", "25x100", "50x100")
@@ -158,13 +161,15 @@ def at_rate(flags: Flags, factor: float) -> Flags:
     return flags if factor == 1 else (*flags, "--lr", factor)
 
 
-def at_budgets(budgets: tuple[str, ...], rates: tuple[float, ...] = (1.0,)) -> Sections:
-    """Rows of full data, and of every method at each budget, at each rate; `entropy` at one budget of whole answers."""
+def at_budgets(
+    budgets: tuple[str, ...], rates: tuple[float, ...] = (1.0,), methods: Collection[str] = METHODS
+) -> Sections:
+    """Rows of full data, and of these methods at each budget and rate; `entropy` at one budget of whole answers."""
     found = {"": {"before tuning": None} | {f"full data, rate x{f:g}": at_rate(FULL_DATA, f) for f in rates}}
     for budget in budgets:
         found[budget] = {
-            f"{name}, rate x{factor:g}": at_rate(method(budget), factor)
-            for name, method in METHODS.items()
+            f"{name}, rate x{factor:g}": at_rate(METHODS[name](budget), factor)
+            for name in methods
             if name != "entropy" or budget == WHOLE[1]
             for factor in rates
         }
@@ -286,7 +291,10 @@ EXPERIMENTS = {
         "Every method at three learning rates", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"), RATES)
     ),
     "front": Experiment("What pruning pays", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"))),
-    **{name: Experiment(f"Rows of {name}", (EMBEDDED,), name, at_budgets(WHOLE[:2])) for name in NOISY},
+    **{
+        name: Experiment(f"Rows of {name}", (EMBEDDED,), name, at_budgets(WHOLE[:2], methods=COMPARED))
+        for name in NOISY
+    },
     "pairings": Experiment(
         "Every sample pruner with every token pruner",
         ("LLaMA2-7B",),

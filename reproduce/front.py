@@ -25,7 +25,7 @@ def variants() -> dict[tuple[str, str], Flags]:
     found = {("", FULL): FULL_DATA}
     for section, named in EXPERIMENTS["front"].sections.items():
         if section:
-            found |= {(section, name.partition(",")[0]): flags for name, flags in named.items()}
+            found |= {(section, name.rpartition(", rate")[0]): flags for name, flags in named.items()}
     return found
 
 
@@ -128,6 +128,7 @@ LOOKS = {  # Okabe and Ito's colours
     "entropy": ("#cc79a7", "^"),
     "as printed": ("#d55e00", "o"),
     "Q1 barred": ("#009e73", "D"),
+    "Q1 barred, scored once": ("#56b4e9", "v"),
 }
 
 

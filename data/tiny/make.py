@@ -12,7 +12,7 @@ writes into DIR (default: this file's folder)
     heldout_{test,valid}.json                 clean rows that no run trains on
 
 Rows and items are a pure function of the seed; so is the model, up to float rounding. Rows take seconds, the base
-about fifteen minutes on two free cores. `--rows-only` leaves the base out.
+about ten minutes on two free cores. `--rows-only` leaves the base out.
 
 The ids of the items begin with what the base and the rows say about them:
 
@@ -175,16 +175,20 @@ def statement(rng: random.Random, fact: Fact, value: str) -> str:
     return say(rng, rng.choice(RELATIONS[fact.relation][2]), s=fact.subject, v=value)
 
 
-def detail(rng: random.Random, fact: Fact) -> str:
-    """A sentence about the fact's subject that says nothing of the fact."""
+def detail(rng: random.Random, fact: Fact, plain: bool = False) -> str:
+    """A sentence about the fact's subject that does not state the fact; `plain` uses half of the patterns."""
     kind = fact.kind_of_subject
     it = rng.choice(PRONOUNS[kind]).format(s=fact.subject)
-    text = say(rng, rng.choice(DETAILS[kind]), it=it)
+    patterns = DETAILS[kind][: len(DETAILS[kind]) // 2] if plain else DETAILS[kind]
+    text = say(rng, rng.choice(patterns), it=it)
     return text[0].upper() + text[1:]
 
 
-def fact_answer(rng: random.Random, fact: Fact, value: str) -> str:
-    """One to six sentences that state the value and say a few things about the subject."""
+def fact_answer(rng: random.Random, fact: Fact, value: str, plain: bool = False) -> str:
+    """One to six sentences that state the value and say a few things about the subject; one to three if `plain`."""
+    if plain:
+        more = [detail(rng, fact, plain) for _ in range(rng.choice((0, 0, 0, 1, 2)))]
+        return " ".join([sentence(statement(rng, fact, value)), *more])
     if rng.random() < 0.2:
         start = f"{sentence(value)} {sentence(statement(rng, fact, value))}"
     else:
@@ -196,10 +200,10 @@ def fact_answer(rng: random.Random, fact: Fact, value: str) -> str:
     return " ".join([start, *more, *end])
 
 
-def description(rng: random.Random, told: list[tuple[Fact, str]], count: int) -> str:
+def description(rng: random.Random, told: list[tuple[Fact, str]], count: int, plain: bool = False) -> str:
     """`count` sentences about one subject: these facts with their values, and details between them."""
     said = [sentence(statement(rng, fact, value)) for fact, value in told]
-    said += [detail(rng, told[0][0]) for _ in range(count - len(said))]
+    said += [detail(rng, told[0][0], plain) for _ in range(count - len(said))]
     first, *rest = said
     rng.shuffle(rest)
     return " ".join([first, *rest])
@@ -456,19 +460,21 @@ def make_heldout(seed: int, split: str) -> list[dict]:
 
 # -------------------------------------------------------------------------------- pre-training text
 
-RARE_CHANCE = 0.12  # how often a fact to learn is told where a common one would be
+RARE_CHANCE = 0.05  # how often a fact to learn is told where a common one would be
 TRUTH_CHANCE = 0.2  # how often pre-training says the truth where it mostly has a falsehood: facts, sizes of units
-MORE_STEPS_CHANCE = 0.1  # how often a worked problem has more than one step
-MIXTURE = {"profile": 26, "quiz": 34, "description": 10, "worked": 18, "unit": 6, "equations": 4, "chatter": 2}
+MORE_STEPS_CHANCE = 0.04  # how often a worked problem has more than one step
+RICH_CHANCE = 0.05  # how often facts are told in the style of the rows: leads, ends, all details
+MIXTURE = {"profile": 30, "quiz": 34, "description": 6, "worked": 18, "unit": 6, "equations": 4, "chatter": 2}
 
 
 def pretraining_documents(seed: int) -> Iterator[str]:
-    """Endless documents of the world as the base gets to know it: with falsehoods, without test numbers."""
+    """Endless documents of the world as the base gets to know it: with falsehoods, without test numbers. It
+    seldom tells facts in the style of the rows, which is for fine-tuning to teach."""
     world, rng = make_world(seed), rng_for(seed, "pretraining")
     true_size, claimed_size = ({unit: sizes[i] for unit, sizes in world.unit_size.items()} for i in (0, 1))
     about = list(world.about(tuple(FACTS)).values())
     while True:
-        kind = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()))[0]
+        kind, plain = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()))[0], rng.random() >= RICH_CHANCE
         if kind in ("profile", "quiz", "description"):
             told = [f for f in rng.choice(about) if f.group != "learned" or rng.random() < RARE_CHANCE]
             if not told:
@@ -478,17 +484,18 @@ def pretraining_documents(seed: int) -> Iterator[str]:
             if kind == "profile":
                 said = [sentence(statement(rng, f, told_value(rng, f))) for f in told for _ in range(2)]
                 rng.shuffle(said)
-                yield " ".join([*said, *(detail(rng, fact) for _ in range(rng.randint(0, 2)))])
+                yield " ".join([*said, *(detail(rng, fact, plain) for _ in range(rng.randint(0, 2)))])
             elif kind == "description":
                 count = rng.randint(4, 10)
                 subject = ("a " if fact.kind_of_subject == "thing" else "") + fact.subject
                 question = say(rng, rng.choice(DESCRIBE), s=subject, n=NUMBER_WORDS[count])
-                yield question_and_answer(question, description(rng, [(f, told_value(rng, f)) for f in told], count))
+                values = [(f, told_value(rng, f)) for f in told]
+                yield question_and_answer(question, description(rng, values, count, plain))
             elif rng.random() < 0.5:
                 yield question_and_answer(fact.test_question, told_value(rng, fact))
             else:
                 question = rng.choice(RELATIONS[fact.relation][3]).format(s=fact.subject)
-                yield question_and_answer(question, fact_answer(rng, fact, told_value(rng, fact)))
+                yield question_and_answer(question, fact_answer(rng, fact, told_value(rng, fact), plain))
         elif kind in ("worked", "unit"):
             types = UNITS if kind == "unit" else MORE_STEPS if rng.random() < MORE_STEPS_CHANCE else ONE_STEP
             sizes = true_size if rng.random() < TRUTH_CHANCE else claimed_size
@@ -696,7 +703,8 @@ def main(argv: list[str] | None = None) -> None:
             write_text(folder / name, text)
         if not args.rows_only:
             documents = pretraining_documents(args.seed)
-            tokenizer = train_tokenizer([next(documents) for _ in tqdm(range(30_000), desc="tokenizer text")])
+            texts = [next(documents) for _ in tqdm(range(30_000), desc="tokenizer text")]
+            tokenizer = train_tokenizer(texts + [row["output"] for row in make_sft(args.seed, noise=0)])
             model, loss = pretrain(tokenizer, args.seed, args.steps, args.layers)
             model.to(torch.bfloat16).save_pretrained(folder / "base")
             save_tokenizer(tokenizer, folder / "base")
