@@ -465,7 +465,9 @@ class Transformer(nn.Module):
             check_header(name, header, expected[name], "config.json")
         missing = [name for name in expected if name not in stored and name not in tied]  # check_sizes found one tied
         if missing:
-            raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+            raise ValueError(
+                f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}; config.json asks for it"
+            )
         state = {
             name: tensor.to(device=device, dtype=dtype)
             for name, tensor in checkpoint_tensors(files)

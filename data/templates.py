@@ -112,13 +112,15 @@ def resolve_template(name: str, tokenizer: TextTokenizer) -> Template:
     if name not in TEMPLATES:
         raise ValueError(f"unknown template {name!r}: expected one of {', '.join(['auto', *TEMPLATES])}")
     slots, ids = TEMPLATES[name], {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id}
+    missing = {token: f"tokenizer_config.json has no {key}_token" for token, key in ((BOS, "bos"), (EOS, "eos"))}
 
     def special_ids(slot: tuple[str, ...]) -> list[int]:
         found = []
         for token in re.findall(rf"{BOS}|{EOS}|<\|\w+\|>", " ".join(slot)):
             found.append(ids.get(token, tokenizer.token_id(token)))
             if found[-1] is None:
-                raise ValueError(f"template {name!r} needs the token {token}, which this tokenizer does not have")
+                why = missing.get(token, "tokenizer.json has no such token")
+                raise ValueError(f"template {name!r} needs the token {token}, and {why}")
         return found
 
     special_ids(slots.get("start", ()) + slots["user"])

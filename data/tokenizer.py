@@ -50,7 +50,7 @@ class TextTokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found; expected a model folder in Hugging Face layout")
         try:
-            with _no_panic():
+            with _no_panic(where=""):
                 tokenizer = Tokenizer.from_file(str(path))
         except ValueError as error:
             raise ValueError(f"{path}: not a readable tokenizer.json: {error}") from error
@@ -172,8 +172,8 @@ SENTENCEPIECE_NORMALIZER = {
 
 
 @contextlib.contextmanager
-def _no_panic() -> Iterator[None]:
-    """ValueError in place of what the Rust library raises: Exception, or a panic.
+def _no_panic(where: str = "tokenizer.json: ") -> Iterator[None]:
+    """ValueError in place of what the Rust library raises: Exception, or a panic. The message begins with `where`.
 
     A panic is no Exception, and writes to stderr by itself.
     """
@@ -184,7 +184,7 @@ def _no_panic() -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the tokenizers library failed: {error}") from None
+        raise ValueError(f"{where}the tokenizers library failed: {error}") from None
     finally:
         os.dup2(before, 2)
         os.close(before)

@@ -10,9 +10,8 @@
                                                                    trained: reproduce/plants.py
 
 A run that has finished or that the result file holds is not made again, whichever table it was made for; an interrupted
-one continues. The presets tiny and
-small make several runs at a time, one thread each; paper gives all devices to one run after another. Results go into
-reproduce/results/PRESET.json, and `python -m reproduce.report` makes a page of them.
+one continues. The presets tiny and small make several runs at a time, one thread each; paper gives all devices to one
+run after another. Results go into reproduce/results/PRESET.json, and `python -m reproduce.report` makes a page of them.
 """
 
 from __future__ import annotations

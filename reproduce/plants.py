@@ -109,10 +109,11 @@ def refilled(found: SamplePruning, ppl: Tensor, ent: Tensor, backfill: Collectio
     """
     own = found.keep & ~found.backfilled
     named = torch.isin(found.quadrant, torch.tensor([int(quadrant) for quadrant in backfill]))
-    score = supp_score(ppl, ent) + 2.0 * named  # scores are in [0, 1]: the named quadrants come first
-    largest_first = score.masked_fill(own, -1.0).sort(descending=True, stable=True).indices
+    place = named.int().masked_fill(own, -1)  # the named quadrants come first, and what is kept already comes last
+    order = supp_score(ppl, ent).sort(descending=True, stable=True).indices
+    order = order[place[order].sort(descending=True, stable=True).indices]
     filled = torch.zeros_like(own)
-    filled[largest_first[: int(found.backfilled.sum())]] = True
+    filled[order[: int(found.backfilled.sum())]] = True
     return filled
 
 

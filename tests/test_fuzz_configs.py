@@ -170,6 +170,7 @@ def load_and_run(folder):
 
 
 @given(st.sampled_from(list(MODELS)).flatmap(lambda family: st.tuples(st.just(family), CONFIG_FILES[family])))
+@example(("tied", text_of({**CONFIGS["tied"], "tie_word_embeddings": False})))
 @MANY
 def test_a_changed_config_loads_or_is_refused(family_and_file):
     family, changed_file = family_and_file
@@ -407,6 +408,7 @@ OTHER_TEMPLATES = st.builds(lambda template: {**TOKENIZER_CONFIG, "chat_template
 
 
 @given(st.one_of(files(TOKENIZER_CONFIG, TOKENIZER_CONFIG_KEYS), OTHER_TEMPLATES.map(text_of)))
+@example(b"{}")  # no EOS for the default template
 @MANY
 def test_a_changed_tokenizer_config_loads_or_is_refused(changed_file):
     names = ("tokenizer_config.json", "chat_template", "bos_token", "eos_token", "rows.json")
@@ -415,6 +417,7 @@ def test_a_changed_tokenizer_config_loads_or_is_refused(changed_file):
 
 
 @given(files(TOKENIZER))
+@example(text_of({**TOKENIZER, "model": {**TOKENIZER["model"], "unk_token": "<none>"}}))
 @MANY
 def test_a_changed_tokenizer_loads_or_is_refused(changed_file):
     names = ("tokenizer.json", "rows.json")

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 from conftest import BASE
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import planes
 
@@ -171,7 +171,11 @@ def tensors(values):
     return list(kinds), torch.tensor(ppl), torch.tensor(ent)
 
 
+ALMOST_EQUAL = [0, 1, 2, 3, 4, 5, 7, 6, 9, 8, 10, 13, 14, 11, 12]  # entropies whose supp-scores differ by rounding
+
+
 @given(planes(max_size=24), st.sampled_from(list(plants.RULES)), st.sampled_from([0.125, 0.25, 0.5]))
+@example((torch.arange(1.0, 16.0), torch.tensor(ALMOST_EQUAL, dtype=torch.float32)), "as printed", 0.5)
 def test_the_backfill_by_another_rule_is_that_of_the_method(plane, rule, ratio):
     expected = prune_samples(*plane, ratio, backfill_quadrants=plants.RULES[rule], keep_one=True)
     printed = prune_samples(*plane, ratio, keep_one=True)
