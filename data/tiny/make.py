@@ -283,11 +283,11 @@ def make_problem(rng: random.Random, type: str, unit_size: dict[str, int], reser
 # (kind, form): rows before any is spoilt
 ROWS = {
     ("clean", "fact"): 820,
-    ("clean", "description"): 700,
-    ("clean", "problem"): 1240,
+    ("clean", "description"): 1000,
+    ("clean", "problem"): 940,
     ("redundant", "fact"): 260,
-    ("redundant", "description"): 100,
-    ("redundant", "problem"): 400,
+    ("redundant", "description"): 200,
+    ("redundant", "problem"): 300,
     ("corrected", "fact"): 580,
     ("corrected", "problem"): 420,
     ("padded", "fact"): 300,
@@ -295,8 +295,8 @@ ROWS = {
 }
 HELDOUT = {
     ("clean", "fact"): 0.22,
-    ("clean", "description"): 0.15,
-    ("clean", "problem"): 0.28,
+    ("clean", "description"): 0.20,
+    ("clean", "problem"): 0.23,
     ("redundant", "problem"): 0.08,
     ("corrected", "fact"): 0.17,
     ("corrected", "problem"): 0.10,
@@ -462,7 +462,7 @@ def make_heldout(seed: int, split: str) -> list[dict]:
 
 RARE_CHANCE = 0.05  # how often a fact to learn is told where a common one would be
 TRUTH_CHANCE = 0.2  # how often pre-training says the truth where it mostly has a falsehood: facts, sizes of units
-MORE_STEPS_CHANCE = 0.04  # how often a worked problem has more than one step
+MORE_STEPS_CHANCE = 0.06  # how often a worked problem has more than one step
 RICH_CHANCE = 0.05  # how often facts are told in the style of the rows: leads, ends, all details
 MIXTURE = {"profile": 30, "quiz": 34, "description": 6, "worked": 18, "unit": 6, "equations": 4, "chatter": 2}
 

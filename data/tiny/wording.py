@@ -43,7 +43,8 @@ LISTS = {
         "name": "Tom Anna Ben Clara Dan Eva Fred Greta Hugo Ida Jack Kate Leo Mary Ned Olga Paul Rosa Sam Tina Uwe "
         "Vera Will Zoe",
         "item": "apples eggs books stamps nuts cards shells pears marbles plums cakes pencils",
-        "unit": "brak tolt sarn plim dorv kesh",
+        "unit": "brak tolt sarn plim dorv kesh fusk glom hend jarl kopp lund marn nold orst pell quon rusk stam trel "
+        "ulb vond wisp yarr",
     }.items()
 }
 
