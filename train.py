@@ -159,8 +159,7 @@ class Config:
 
 # The embedded default: without --model these replace the defaults of Config. A model this small is tuned whole, on
 # short rows, with steps of 160: random pruning of samples and tokens at 12.5 % x 50 % leaves 550 answer tokens a step.
-# The rate is the highest of 1e-4, 2e-4 and 3e-4 at which each score of that pruning spreads by at most 2 points over
-# seeds (standard deviation); its loss on validation rows is lower than at 1e-4.
+# The rate is one at which each score of that pruning spreads by at most 2 points over seeds (standard deviation).
 TINY = {
     "model": str(HERE / "data" / "tiny" / "base"),
     "data": str(HERE / "data" / "tiny" / "sft.json"),

@@ -138,7 +138,7 @@ CHOICES = {  # the default, and what other settings of ours give
 
 # Beyond the paper: what pruning pays, at which rate, and with how much noise among the rows.
 BARRED = ("--backfill-quadrants", "0,2,3,4")  # what is backfilled never comes from Q1 first
-ONCE = ("--reuse-scores", "2")  # in both epochs of the embedded default
+ONCE = ("--reuse-scores", "2")  # a row is scored in the first of the two epochs alone
 METHODS = {  # name -> flags at a budget
     "random": lambda budget, *more: row("Random", "Random", budget, *more),
     "entropy": lambda budget, *more: row("Entropy", "Random", budget, *more),

@@ -282,12 +282,12 @@ marks what is within the noise, and losses of single runs, whose noise is unknow
 """
 TINY = """## The embedded default
 
-One epoch of the embedded default (5,120 rows, 32 steps of 160, a model of a million parameters) on a CPU, one thread a
-run: `python -m reproduce spread --seeds 5`, then `front`. World and base were frozen at commit c8023b9. Before that,
-one base was dropped: its pre-training hardly had what the rows teach, and four runs on all rows moved no score. On the
-frozen base, the rate and the size of a step were chosen by the spread of random x random, which is one of test scores.
-That took 36 runs at higher rates and smaller steps: 13 of random x random, 2 of full data, and 21 of `rates`, which was
-stopped. The present `rates` and `noise-...` have not been run.
+Two epochs of the embedded default (5,120 rows, 64 steps of 160, a model of a million parameters) on a CPU, one thread a
+run: `python -m reproduce spread --seeds 5`, then `front` and `rates --seeds 1`. World and base were frozen at commit
+b712f5e. Before that, six bases were dropped. Two knew too little or too much of the rows, so that tuning moved no score
+or no loss (4 runs, and 81 with those that compared methods). Two had rows too unlike real ones (7 runs), and two spread
+too widely or had too little to predict (26 and 10 runs). On the frozen base six runs at 2e-4 came first: five of random
+x random, whose spread is one of test scores, and one of full data.
 """
 RESEMBLANCE = """### Does it resemble real rows?
 
@@ -304,7 +304,8 @@ FRONT = """### What pruning pays
 
 Scores are over 560 learned, 390 corrected and 570 retained items (two thirds likelihood, one third generated). Seconds
 are the fewest of a method's runs, on a machine that other work shared. `Q1 barred` is Q-Tuning with
-`--backfill-quadrants 0,2,3,4`. Of the intervals in the second table about one in twenty excludes 0 by chance.
+`--backfill-quadrants 0,2,3,4`; *scored once* adds `--reuse-scores 2`, which scores a row in the first epoch alone. Of
+the intervals in the second table about one in twenty excludes 0 by chance.
 """
 NOISE = """### When does pruning win?
 
