@@ -10,7 +10,18 @@ import statistics
 from pathlib import Path
 
 from reproduce import figures, noise, report
-from reproduce.experiments import EMBEDDED, EXPERIMENTS, FULL_DATA, METHODS, RATES, WHOLE, Flags, at_rate
+from reproduce.experiments import (
+    COMPARED,
+    EMBEDDED,
+    EXPERIMENTS,
+    FULL_DATA,
+    METHODS,
+    NOISY,
+    RATES,
+    WHOLE,
+    Flags,
+    at_rate,
+)
 from reproduce.quickstart import GROUPS
 from reproduce.tables import markdown
 
@@ -120,6 +131,27 @@ def answers(results: report.Results) -> str:
     return markdown(lines) if len(lines) > 1 else ""
 
 
+def noise_table(results: report.Results) -> str:
+    """Markdown: held-out loss by the share and the kind of the noise among the rows, at each budget of whole answers.
+
+    Empty without runs on rows other than the embedded ones. The lowest loss of a line is bold.
+    """
+    lines = [["noise among the rows", "budget", FULL, *COMPARED]]
+    for name in ("WizardLM", *NOISY):
+        experiment = "front" if name == "WizardLM" else name
+        _, kinds, share = ("noise-all-0.3" if name == "WizardLM" else name).split("-")
+        for budget in WHOLE[:2]:
+            compared = [FULL_DATA, *(METHODS[method](budget) for method in COMPARED)]
+            found = [runs_of(results, flags, experiment) for flags in compared]
+            if all(found):
+                losses = [statistics.mean(report.values(runs, "held")) for runs in found]
+                shown = [f"**{loss:.3f}**" if loss == min(losses) else f"{loss:.3f}" for loss in losses]
+                lines.append(
+                    [f"{float(share):.0%}, {kinds}".replace("%", " %"), budget.partition("x")[0] + " %", *shown]
+                )
+    return markdown(lines) if len({line[0] for line in lines}) > 2 else ""
+
+
 # --------------------------------------------------------------------------------------------- pictures
 
 LOOKS = {  # Okabe and Ito's colours
@@ -191,7 +223,7 @@ def draw_noise(results: report.Results, path: Path) -> bool:
     """
     import matplotlib
 
-    methods, budgets = ("as printed", "Q1 barred"), WHOLE[:2]
+    methods, budgets = COMPARED[1:], WHOLE[:2]
     grids = {}
     for over in (FULL, "random"):
         for method in methods:

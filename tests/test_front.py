@@ -103,3 +103,16 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert front.draw_noise(results(tmp_path, runs + noisy), tmp_path / "noise.svg")
     assert "+0.100" in (tmp_path / "noise.svg").read_text() and "+0.050" in (tmp_path / "noise.svg").read_text()
     assert not (tmp_path / "none.svg").exists()
+
+
+def test_losses_by_noise_are_compared_within_the_same_rows(tmp_path):
+    compared = {"random": 1.0, "as printed": 0.9, "Q1 barred": 0.8}
+    plain = [made(METHODS[name]("25x100"), 0, held=held) for name, held in compared.items()]
+    plain.append(made(FULL_DATA, 0, held=0.95))
+    noisy = [made(METHODS[name]("25x100"), 0, held=2.0, data="noise-wrong-0.3") for name in compared]
+    noisy.append(made(FULL_DATA, 0, held=1.5, data="noise-wrong-0.3"))
+    assert front.noise_table(results(tmp_path, plain)) == ""  # one kind of rows compares nothing
+    table = front.noise_table(results(tmp_path, plain + noisy))
+    assert "| 30 %, all | 25 % | 0.950 | 1.000 | 0.900 | **0.800** |" in table
+    assert "| 30 %, wrong | 25 % | **1.500** | 2.000 | 2.000 | 2.000 |" in table
+    assert table.count("\n|") == 3
