@@ -150,11 +150,22 @@ COMPARED = ("random", "as printed", "Q1 barred")  # where the share of noise var
 RATES = (0.3, 1.0, 3.0)  # factors of the preset's learning rate
 FULL_DATA = row("Random", "Random", "100x100")
 WHOLE = ("12.5x100", "25x100", "50x100")
+PARTS = {  # of the method at 25x50: what each changes
+    "random": METHODS["random"]("25x50"),
+    "as printed": METHODS["as printed"]("25x50"),
+    "as printed, prune batch 160": METHODS["as printed"]("25x50", "--prune-batch", "160"),
+    "Q1 barred": METHODS["Q1 barred"]("25x50"),
+    "Q1 barred, whole answers": METHODS["Q1 barred"]("25x100"),
+    "Q1 barred, tokens at random": row("Q-Tuning", "Random", "25x50", *BARRED),
+    "Q1 barred, tokens reversed": METHODS["Q1 barred"]("25x50", "--reverse"),
+    "Q1 barred, prune batch 32": METHODS["Q1 barred"]("25x50", "--prune-batch", "32"),
+    "Q1 barred, prune batch 160": METHODS["Q1 barred"]("25x50", "--prune-batch", "160"),
+}
 NOISE_SHARES = ("0", "0.15", "0.3", "0.45", "0.6")
 NOISY = tuple(f"noise-all-{share}" for share in NOISE_SHARES if share != "0.3")  # 0.3: the embedded rows themselves
 NOISY += tuple(f"noise-{kind}-0.3" for kind in NOISE_KINDS)
 
-BEYOND = ("spread", "rates", "front", *NOISY)  # experiments of the embedded default alone
+BEYOND = ("spread", "rates", "front", "parts", *NOISY)  # experiments of the embedded default alone
 
 
 def at_rate(flags: Flags, factor: float) -> Flags:
@@ -291,6 +302,7 @@ EXPERIMENTS = {
         "Every method at three learning rates", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"), RATES)
     ),
     "front": Experiment("What pruning pays", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"))),
+    "parts": Experiment("What each part contributes", (EMBEDDED,), WIZARD, {"25x50": PARTS}),
     **{
         name: Experiment(f"Rows of {name}", (EMBEDDED,), name, at_budgets(WHOLE[:2], methods=COMPARED))
         for name in NOISY

@@ -17,6 +17,7 @@ from reproduce.experiments import (
     FULL_DATA,
     METHODS,
     NOISY,
+    PARTS,
     RATES,
     WHOLE,
     Flags,
@@ -96,17 +97,34 @@ def rates_table(results: report.Results) -> str:
 
 def front_table(results: report.Results) -> str:
     """Markdown: every method at every budget at the common rate: seconds, answer tokens and the four scores."""
-    lines = [["budget", "method", "seeds", "seconds", "answer tokens kept", *map(called, TASKS)]]
+    lines = [["budget", "method", *COSTS, *map(called, TASKS)]]
     untuned = runs_of(results, None)
     if untuned:
         lines.append(["", UNTUNED, "", "", "", *(report.with_margin(untuned, task) for task in TASKS)])
     for (budget, method), flags in variants().items():
         runs = runs_of(results, flags)
         if runs:
-            kept = f"{100 * report.share(runs, 'answer_tokens_kept', 'answer_tokens_seen'):.1f} %"
-            cells = [budget, method, str(len(runs)), f"{seconds(runs):.0f}", kept]
-            lines.append([*cells, *(report.with_margin(runs, task) for task in TASKS)])
+            lines.append([budget, method, *costs_and_scores(runs)])
     return markdown(lines)
+
+
+COSTS = ("seeds", "seconds", "answer tokens kept")
+
+
+def costs_and_scores(runs: list[dict]) -> list[str]:
+    """The cells of COSTS and of the scores."""
+    kept = f"{100 * report.share(runs, 'answer_tokens_kept', 'answer_tokens_seen'):.1f} %"
+    return [str(len(runs)), f"{seconds(runs):.0f}", kept, *(report.with_margin(runs, task) for task in TASKS)]
+
+
+def parts_table(results: report.Results) -> str:
+    """Markdown: Q-Tuning at 25x50 with one part changed in each line; empty unless two of them have run."""
+    lines = [["25x50", *COSTS, *map(called, TASKS)]]
+    for name, flags in PARTS.items():
+        runs = runs_of(results, flags, "parts")
+        if runs:
+            lines.append([name, *costs_and_scores(runs)])
+    return markdown(lines) if len(lines) > 2 else ""
 
 
 def answers(results: report.Results) -> str:

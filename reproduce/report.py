@@ -307,6 +307,10 @@ are the fewest of a method's runs, on a machine that other work shared. `Q1 barr
 `--backfill-quadrants 0,2,3,4`; *scored once* adds `--reuse-scores 2`, which scores a row in the first epoch alone. Of
 the intervals in the second table about one in twenty excludes 0 by chance.
 """
+PARTS = """### What each part contributes
+
+Q-Tuning at 25 % of the samples and 50 % of the tokens of trimmed ones. A prune batch of 160 is the whole step.
+"""
 NOISE = """### When does pruning win?
 
 Gain in held-out loss over full data and over random pruning, by the share of noise among the rows, and the losses
@@ -379,16 +383,16 @@ def page(tiny: Results | None, first: Results | None, small: Results | None, fol
 
 def front_parts(tiny: Results, figures_folder: Path) -> list[str]:
     """The sections of the experiments beyond the paper, those that have run."""
-    parts = []
+    parts, picture = [], figures_folder / "front.svg"
+    shown = "![Score against seconds](results/figures/front.svg)" if picture.exists() else ""
     for text, *tables in (
         (SPREAD, front.spread_table(tiny)),
         (RATES, front.rates_table(tiny)),
-        (FRONT, front.front_table(tiny), front.answers(tiny)),
+        (FRONT, front.front_table(tiny), shown, front.answers(tiny)),
+        (PARTS, front.parts_table(tiny)),
     ):
         if tables[0]:
             parts += [text.rstrip(), *(table for table in tables if table)]
-    if (figures_folder / "front.svg").exists():
-        parts.append("![Score against seconds](results/figures/front.svg)")
     if (figures_folder / "noise.svg").exists():
         parts += [NOISE.rstrip(), "![Gain by share of noise](results/figures/noise.svg)", front.noise_table(tiny)]
     return parts

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reproduce import front, report
-from reproduce.experiments import FULL_DATA, METHODS, RATES, WIZARD, at_rate
+from reproduce.experiments import FULL_DATA, METHODS, PARTS, RATES, WIZARD, at_rate
 from reproduce.presets import PRESETS
 from reproduce.runs import run_of
 
@@ -103,6 +103,15 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert front.draw_noise(results(tmp_path, runs + noisy), tmp_path / "noise.svg")
     assert "+0.100" in (tmp_path / "noise.svg").read_text() and "+0.050" in (tmp_path / "noise.svg").read_text()
     assert not (tmp_path / "none.svg").exists()
+
+
+def test_each_part_is_a_line_of_its_own_runs(tmp_path):
+    runs = [made(flags, 0, held=1 + place / 10) for place, flags in enumerate(PARTS.values())]
+    table = front.parts_table(results(tmp_path, runs))
+    for place, name in enumerate(PARTS):
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        assert line.endswith(f"| {1 + place / 10:.3f} |")
+    assert front.parts_table(results(tmp_path, runs[:1])) == ""
 
 
 def test_losses_by_noise_are_compared_within_the_same_rows(tmp_path):
