@@ -117,7 +117,7 @@ def test_flags_exist():
     for folder in ("pruners", "eval", "reproduce", "data"):
         for source in (ROOT / folder).glob("*.py"):
             flags |= set(re.findall(r'"(--[a-z-]+)"', source.read_text(encoding="utf-8")))
-    elsewhere = {"--help", "--nproc_per_node", "--standalone", "--nnodes", "--node_rank"}
+    elsewhere = {"--help", "--nproc_per_node", "--standalone", "--nnodes", "--node_rank", "--dist"}
     elsewhere |= {"--rdzv_endpoint", "--rdzv_backend"}
     named = {flag for text in PAGES.values() for flag in re.findall(r"--[a-z][a-z0-9_-]+", text)}
     assert named - flags - elsewhere == set()
