@@ -340,9 +340,6 @@ PLANTED = """## Planted noise among real rows
 planted kind (`reproduce/planted.py`), scored once by {model} and not trained. Shares are in percent, means ± standard
 deviations over {orders} random orders. *As printed*, the backfill draws from all quadrants; the other rules say where
 it draws from first, and *Q1 barred* draws from Q1 last. PPL and Ent have a rank correlation of {rank_correlation:.2f}.
-
-The committed file is not from one run of this command: the scores come from one pass that was saved, and the orders
-were drawn from them afterwards. 18 rows, two of each kind, were scored again and gave the same values.
 """
 SAVED = """`python -m reproduce.efficiency`: medians of a step of 32 rows on a CPU. The full-data run packs its rows and
 makes no full logits either. First SmolLM2-135M on Alpaca rows (two threads), then the embedded default (one thread;
