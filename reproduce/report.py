@@ -321,7 +321,7 @@ FIRST = """## The first embedded world
 
 The tables of the paper, made with the embedded default as it was at commit 285da26: 4,000 rows with answers of 21
 tokens on average, steps of 32 rows, one epoch. A step at 12.5x50 trains on 45 answer tokens, so that scores spread
-widely over seeds. They are being made again with the present default. The embedded model replaces all of the paper's
+widely over seeds. The present default has not been run on them yet. The embedded model replaces all of the paper's
 models, its word problems replace MathInstruct, and its forms of ARC and GSM8K are shown beside ARC-E and GSM8K.
 """
 SELECTED = """## What is selected
