@@ -299,7 +299,8 @@ SPREAD = """### Noise between seeds
 """
 RATES = """### Learning rates
 
-Loss on the validation rows after training with seed 0. The lowest rate of a row is bold; no test was looked at.
+Loss on the validation rows after training with seed 0; the lowest of a line is bold. The other tables are made at the
+middle rate. Most lines are lowest at the highest rate, so the grid ends too early for them.
 """
 FRONT = """### What pruning pays
 
