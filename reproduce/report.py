@@ -286,9 +286,11 @@ Two epochs of the embedded default (5,120 rows, 64 steps of 160, a model of a mi
 run: `python -m reproduce spread --seeds 5`, then `front` and `rates --seeds 1`. World and base were frozen at commit
 b712f5e. Before that, six bases were dropped. On the first, tuning moved no score (4 runs), on the second no loss (81
 runs, with those that compared methods). Two were never tuned, since their rows were less like real ones. One lost in
-tuning what it knew (7 runs), and on one the corrected score spread too widely (26 runs). On the present base 12 runs
-had rows with fewer descriptions, whose token PPL was too low. On the frozen world six runs at 2e-4 came first: five of
-random x random, whose spread is one of test scores, and one of full data.
+tuning what it knew (7 runs), and on one the corrected score spread too widely (26 runs: 15 of them are of `front`,
+which was stopped, and their scores were not looked at). On the present base 12 runs had rows with fewer descriptions,
+whose token PPL was too low; two of these were stopped. On the present world six runs at 2e-4 were made before it was frozen:
+one of full data, and five of random x random. The rate was chosen by the spread of random x random over seeds, which is
+one of test scores.
 """
 RESEMBLANCE = """### Does it resemble real rows?
 
@@ -316,7 +318,8 @@ Q-Tuning at 25 % of the samples and 50 % of the tokens of trimmed ones. A prune 
 NOISE = """### When does pruning win?
 
 Gain in held-out loss over full data and over random pruning, by the share of noise among the rows, and the losses
-themselves, by kind of noise too. One seed but for 30 % of all kinds. `python -m reproduce noise-all-0.6` and so on.
+themselves. One seed but for 30 %, so that differences of a hundredth may be noise. `python -m reproduce noise-all-0.6`
+and so on.
 """
 FIRST = """## The first embedded world
 
