@@ -288,9 +288,9 @@ b712f5e. Before that, six bases were dropped. On the first, tuning moved no scor
 runs, with those that compared methods). Two were never tuned, since their rows were less like real ones. One lost in
 tuning what it knew (7 runs), and on one the corrected score spread too widely (26 runs: 15 of them are of `front`,
 which was stopped, and their scores were not looked at). On the present base 12 runs had rows with fewer descriptions,
-whose token PPL was too low; two of these were stopped. On the present world six runs at 2e-4 were made before it was frozen:
-one of full data, and five of random x random. The rate was chosen by the spread of random x random over seeds, which is
-one of test scores.
+whose token PPL was too low; two of these were stopped. On the present world six runs at 2e-4 were made before it was
+frozen: one of full data, and five of random x random. The rate was chosen by the spread of random x
+random over seeds, which is one of test scores.
 """
 RESEMBLANCE = """### Does it resemble real rows?
 
