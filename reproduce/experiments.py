@@ -147,7 +147,7 @@ METHODS = {  # name -> flags at a budget
     "Q1 barred, scored once": lambda budget, *more: qtuning(budget, *BARRED, *ONCE, *more),
 }
 COMPARED = ("random", "as printed", "Q1 barred")  # where the share of noise varies
-RATES = (0.3, 1.0, 3.0)  # factors of the preset's learning rate
+RATES = (0.3, 1.0, 3.0, 10.0)  # factors of the preset's learning rate
 FULL_DATA = row("Random", "Random", "100x100")
 WHOLE = ("12.5x100", "25x100", "50x100")
 PARTS = {  # of the method at 25x50: what each changes
@@ -299,7 +299,7 @@ EXPERIMENTS = {
         "Noise between seeds", (EMBEDDED,), WIZARD, {"12.5x50": {"random": METHODS["random"]("12.5x50")}}
     ),
     "rates": Experiment(
-        "Every method at three learning rates", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"), RATES)
+        "Every method at four learning rates", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"), RATES)
     ),
     "front": Experiment("What pruning pays", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"))),
     "parts": Experiment("What each part contributes", (EMBEDDED,), WIZARD, {"25x50": PARTS}),
