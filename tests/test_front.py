@@ -51,11 +51,11 @@ def results(folder, runs):
 
 
 def test_the_rate_with_the_lowest_validation_loss_of_seed_0_is_chosen(tmp_path):
-    losses = dict(zip(RATES, (1.2, 1.3, 1.1), strict=True))
+    losses = dict(zip(RATES, (1.2, 1.3, 1.1, 1.4), strict=True))
     runs = [made(at_rate(FULL_DATA, factor), 0, valid=loss) for factor, loss in losses.items()]
     assert front.best_rate(results(tmp_path, runs), FULL_DATA) == RATES[2]
     assert front.best_rate(results(tmp_path, runs[:2]), FULL_DATA) is None
-    assert "| 1.200 | 1.300 | **1.100** |" in front.rates_table(results(tmp_path, runs))
+    assert "| 1.200 | 1.300 | **1.100** | 1.400 |" in front.rates_table(results(tmp_path, runs))
     assert front.rates_table(results(tmp_path, runs[:2])) == ""
 
 
