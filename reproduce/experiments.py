@@ -187,6 +187,20 @@ def at_budgets(
     return found
 
 
+def on_real_rows(*budgets: str) -> Sections:
+    """Rows of Q-Tuning, as printed and with Q1 barred, and of pruners to compare with, at each budget."""
+    return {
+        budget: {
+            "Random-Random": row("Random", "Random", budget),
+            "Entropy-Random": row("Entropy", "Random", budget),
+            "Random-Rho-1": row("Random", "Rho-1", budget),
+            "Q-Tuning": qtuning(budget),
+            "Q-Tuning, Q1 barred": qtuning(budget, *BARRED),
+        }
+        for budget in budgets
+    }
+
+
 @dataclass(frozen=True)
 class Experiment:
     title: str
@@ -197,7 +211,8 @@ class Experiment:
 
 
 TWO, THREE = ("LLaMA2-7B", "Mistral-7B"), ("LLaMA3-8B", "Mistral-7B", "SmolLM2-1.7B")
-WIZARD, MATH, HERMES, SMALL = "WizardLM", "MathInstruct", "OpenHermes", "smollm2"
+WIZARD, MATH, HERMES = "WizardLM", "MathInstruct", "OpenHermes"
+SMALL = ("smollm2", "smollm2-noise")  # rows, and the experiments on them: as they are, and 30 % of them noise
 BUDGETS = ("12.5x50", "12.5x70", "25x50", "25x70", "50x50", "50x70")
 MISTRAL, QWEN = ("Mistral-7B",), ("Qwen3-8B",)
 EMBEDDED = "embedded"
@@ -281,20 +296,12 @@ EXPERIMENTS = {
         {"12.5x50": {"Q-Tuning, logged": qtuning("12.5x50", "--log-selection")}},
     ),
     "choices": Experiment("Our choices", ("LLaMA2-7B",), WIZARD, ENDS | ablation(CHOICES, "12.5x50", "25x50")),
-    SMALL: Experiment(  # not in the paper: its method on the smallest real model
-        "SmolLM2-135M on real rows",
-        ("SmolLM2-135M",),
-        SMALL,
-        ENDS
-        | {
-            budget: {
-                "Random-Random": row("Random", "Random", budget),
-                "Entropy-Random": row("Entropy", "Random", budget),
-                "Q-Tuning": qtuning(budget, "--log-selection"),
-            }
-            for budget in ("12.5x50", "25x50")
-        },
-    ),
+    **{  # not in the paper: its method on the smallest real model
+        name: Experiment(
+            f"SmolLM2-135M, rows of {name}", ("SmolLM2-135M",), name, ENDS | on_real_rows("12.5x50", "50x50")
+        )
+        for name in SMALL
+    },
     "spread": Experiment(
         "Noise between seeds", (EMBEDDED,), WIZARD, {"12.5x50": {"random": METHODS["random"]("12.5x50")}}
     ),

@@ -3,8 +3,8 @@
 tiny   the embedded default on a CPU. Every model is the embedded one, its word problems replace MathInstruct, and the
        sizes of Figure 4 are base models of 1, 2 and 4 layers. Rows named noise-KINDS-SHARE are the embedded rows with
        that share of noise.
-small  SmolLM2-135M on 1,280 real rows, some hours on a CPU: the experiment `smollm2`. It reads Alpaca's rows from
-       data/alpaca.json.
+small  SmolLM2-135M on 3,200 real rows, some hours on a CPU: the experiments `smollm2` and `smollm2-noise`, where 30 %
+       of the rows are planted noise (planted.py). It reads data/alpaca.json and LIMA's rows, data/lima.json.
 paper  the paper's models, data and settings on 8 GPUs of 80 GiB. train.py's defaults are the paper's settings.
 
 Checkpoints are expected in models/, rows and tests where `python -m data.download NAME --out data` puts them. TriviaQA
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import train
 from data.sft import read_rows
-from eval.gsm8k import ANNOTATION
 from reproduce.experiments import BEYOND, EXPERIMENTS, HERMES, MATH, NOISY, SMALL, WIZARD
+from reproduce.planted import ALPACA, GSM8K, heldout_rows, mixed_rows, read_alpaca, read_gsm8k
 from reproduce.quickstart import GROUPS, TINY
 from training.files import write_json
 
@@ -40,7 +40,9 @@ class Preset:
         settings:     flags of train.py for every run.
         lr:           the learning rate of `settings`, for the factors in experiments.py.
         heldout:      rows whose loss, perplexity and entropy are logged during training.
-        valid:        rows whose loss chooses a learning rate; None: rates are not compared.
+        losses:       name in a summary -> rows whose loss is measured after training; `valid` chooses learning rates.
+        ends:         further tests, of the untuned model and of full data alone.
+        eval_every:   steps between scores of the held-out rows.
         groups:       beginnings of item ids whose scores are reported over all tests together.
         targets:      LESS: files of rows of the target tasks.
         make_files:   (preset, names of models and data) -> None: writes the files above that runs of these need.
@@ -59,7 +61,9 @@ class Preset:
     targets: tuple[Path, ...]
     experiments: tuple[str, ...]
     make_files: Callable[[Preset, set[str]], None]
-    valid: Path | None = None
+    losses: dict[str, Path] = field(default_factory=dict)
+    ends: dict[str, Test] = field(default_factory=dict)
+    eval_every: int = 25
     groups: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     templates: dict[str, str] = field(default_factory=dict)
@@ -108,10 +112,10 @@ def tiny(runs: Path) -> Preset:
         ),
         lr=train.TINY["lr"],
         heldout=TINY / "heldout_test.json",
-        valid=TINY / "heldout_valid.json",
+        losses={"valid": TINY / "heldout_valid.json"},
         groups=GROUPS,
         targets=(runs / "target-problems.json", runs / "target-facts.json"),
-        experiments=tuple(name for name in EXPERIMENTS if name != SMALL),
+        experiments=tuple(name for name in EXPERIMENTS if name not in SMALL),
         make_files=make_tiny_files,
         keep_weights=False,
     )
@@ -149,41 +153,40 @@ ARC_TESTS = {
 GSM8K_TEST = ("--data", "data/gsm8k/test.jsonl", "--exemplars", "data/gsm8k/train.jsonl")
 
 
+SMALL_HELDOUT = {name: f"{name}_nll" for name in (ALPACA, GSM8K, "lima")}  # source -> name of its loss
+
+
 def small(runs: Path) -> Preset:
+    squad = ("eval.squad", ("--data", "data/squad/dev-v2.0.json", "--limit", "200", "--dtype", "bf16"))
+    arc = ("eval.arc", (*ARC_TESTS["arc_easy"][1], "--dtype", "bf16"))
     return Preset(
         name="small",
         models={"SmolLM2-135M": Path("models/SmolLM2-135M-Instruct")},
-        data={SMALL: runs / "mixed.json"},
-        tests={
-            SMALL: {
-                **ARC_TESTS,
-                "gsm8k": ("eval.gsm8k", (*GSM8K_TEST, "--limit", "50", "--max-new-tokens", "256")),
-            }
-        },
-        settings=("--epochs", "1"),
-        lr=1e-4,
+        data={name: runs / f"{name}.json" for name in SMALL},
+        tests={name: {} for name in SMALL},
+        ends={"arc_easy": arc, "squad": squad},
+        settings=("--epochs", "1", "--lr", "2e-4", "--dtype", "bf16"),
+        lr=2e-4,
         heldout=runs / "heldout.json",
+        eval_every=50,
+        losses={loss: runs / f"heldout_{name}.json" for name, loss in SMALL_HELDOUT.items()},
         targets=(),
-        experiments=(SMALL,),
+        experiments=SMALL,
         make_files=make_small_files,
     )
 
 
 def make_small_files(preset: Preset, needed: set[str]) -> None:
-    """640 rows of GSM8K's training split and 640 of Alpaca; 50 others of each are held out."""
-    problems = [
-        {"id": f"gsm8k-{i}", "instruction": row["question"], "input": "", "output": ANNOTATION.sub("", row["answer"])}
-        for i, row in enumerate(rows_of(Path("data/gsm8k/train.jsonl")))
-    ]
-    answered = [row for row in rows_of(Path("data/alpaca.json")) if row["output"].strip()]
-    alpaca = [{"id": f"alpaca-{i}", **row} for i, row in enumerate(answered)]
-    draw, mixed, heldout = random.Random(0), [], []
-    for rows in (problems, alpaca):
-        taken = sorted(draw.sample(range(len(rows)), 640))
-        mixed += [rows[i] for i in taken]
-        heldout += random.Random(1).sample([row for i, row in enumerate(rows) if i not in set(taken)], 50)
-    write_json(preset.data[SMALL], mixed)
-    write_json(preset.heldout, heldout)
+    """3,200 rows of Alpaca and GSM8K, half each, without noise and with 30 %; 100 others of each, and 30 of LIMA, are
+    held out. The curve of a run is of 40 of each of the first two."""
+    alpaca, gsm8k = read_alpaca(Path("data/alpaca.json")), read_gsm8k(Path("data/gsm8k/train.jsonl"))
+    for name, noise in zip(SMALL, (0.0, 0.3), strict=True):
+        write_json(preset.data[name], mixed_rows(alpaca, gsm8k, 3200, noise, seed=0))
+    heldout = dict(zip((ALPACA, GSM8K), heldout_rows(alpaca, gsm8k, 100, seed=0), strict=True))
+    write_json(preset.heldout, [row for rows in heldout.values() for row in rows[:40]])
+    heldout["lima"] = random.Random(0).sample(rows_of(Path("data/lima.json")), 30)
+    for name, rows in heldout.items():
+        write_json(preset.losses[SMALL_HELDOUT[name]], rows)
 
 
 def paper(runs: Path) -> Preset:
@@ -223,7 +226,7 @@ def paper(runs: Path) -> Preset:
         lr=1e-4,
         heldout=runs / "heldout.json",
         targets=(runs / "targets.json",),
-        experiments=tuple(name for name in EXPERIMENTS if name not in (SMALL, "choices", "pairings", *BEYOND)),
+        experiments=tuple(name for name in EXPERIMENTS if name not in (*SMALL, "choices", "pairings", *BEYOND)),
         make_files=make_paper_files,
         devices=8,
     )

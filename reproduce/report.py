@@ -34,6 +34,12 @@ TASKS = {
     "triviaqa": "TriviaQA",
     "math": "MATH-500",
 }
+LOSSES = {  # nats per answer token
+    "held": "held-out loss",
+    "alpaca_nll": "loss on Alpaca",
+    "gsm8k_nll": "loss on GSM8K's solutions",
+    "lima_nll": "loss on LIMA",
+}
 TINY_TASKS = {"arc": "ARC form", "gsm8k": "GSM8K form"}
 PAIRED = {  # task -> the paper's task beside it
     "arc": "ARC-E",
@@ -77,27 +83,31 @@ class Results:
         return self.runs.get((run.model, run.data, run.flags), [])
 
     def tasks(self, experiment: Experiment) -> list[str]:
-        return [*self.preset.tests[experiment.data], "held"]
+        losses = [name for name in self.preset.losses if name in LOSSES]
+        return [*self.preset.tests[experiment.data], *self.preset.ends, *losses, *(["held"] if not losses else [])]
 
     def name(self, task: str) -> str:
-        return "held-out loss" if task == "held" else (TINY_TASKS if self.preset.name == "tiny" else TASKS)[task]
+        return (LOSSES | (TINY_TASKS if self.preset.name == "tiny" else TASKS))[task]
 
 
 def values(runs: list[dict], task: str) -> Values:
-    """Each run's score on a task; `held` is the loss on held-out rows after the last step, nats per token."""
+    """Each run's score on a task, or its loss after the last step; empty where it has not been scored on it.
+
+    `held` is the loss on the held-out rows of the curves, nats per token.
+    """
     if task == "held":
         return [run["held"]["rows_nll"][-1] for run in runs]
-    return [run["scores"][task] for run in runs]
+    return [found[task] for found in (run if task in LOSSES else run["scores"] for run in runs) if task in found]
 
 
 def better(task: str) -> int:
     """1 if a higher score is better, -1 if a lower one is."""
-    return -1 if task == "held" else 1
+    return -1 if task in LOSSES else 1
 
 
 def digits(task: str) -> int:
     """Decimals of a score."""
-    return 3 if task == "held" else 1
+    return 3 if task in LOSSES else 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def gain(runs: list[dict], over: list[dict], task: str) -> Gain:
     """The gain of runs over others; its interval is over seeds, or over the test's items for one run of each."""
     ours, theirs = values(runs, task), values(over, task)
     margin = noise.difference_margin(ours, theirs)
-    if margin is None and task != "held":
+    if margin is None and task not in LOSSES:
         margin = noise.proportions_margin(*((run[0]["scores"][task], run[0]["n"][task]) for run in (runs, over)))
     return Gain(better(task) * (statistics.mean(ours) - statistics.mean(theirs)), margin)
 
@@ -124,13 +134,18 @@ def gain(runs: list[dict], over: list[dict], task: str) -> Gain:
 
 
 def with_margin(runs: list[dict], task: str) -> str:
-    """The mean and half its 95 % interval over seeds; for a single run the interval over the test's items."""
+    """The mean and half its 95 % interval over seeds; for a single run the interval over the test's items.
+
+    Empty where no run has been scored on the task.
+    """
     found = values(runs, task)
+    if not found:
+        return ""
     margin = noise.mean_margin(found)
     shown = f"{statistics.mean(found):.{digits(task)}f}"
     if margin is not None:
         return f"{shown} ± {margin:.{digits(task)}f}"
-    if task == "held":
+    if task in LOSSES:
         return shown
     n = runs[0]["n"][task]
     low, high = wilson_interval(round(found[0] * n / 100), n)
@@ -169,7 +184,8 @@ def score_table(results: Results, name: str, model: str) -> str | None:
                     expected = theirs - base if known else None
                     line += ["" if theirs is None else f"{theirs:.2f}", "" if expected is None else f"{expected:+.2f}"]
                 line.append(with_margin(runs, task))
-                found = gain(runs, over, task) if over and not is_reference else None
+                scored = over and not is_reference and values(runs, task) and values(over, task)
+                found = gain(runs, over, task) if scored else None
                 line.append(shown_gain(found, task) if found else "")
                 if paired:
                     line.append(shown_gain(found, task, expected) if found and expected is not None else "")

@@ -30,12 +30,12 @@ from model import Transformer
 from pruners import COMPUTED, SAMPLE_PRUNERS, TOKEN_PRUNERS
 from pruners.side_files import OF_SAMPLE
 from reproduce.experiments import Experiment, Flags, rows
-from reproduce.presets import Preset, rows_of
+from reproduce.presets import Preset, Test, rows_of
 from reproduce.quickstart import group_scores, machine
 from training.files import read_json, read_jsonl, write_json, write_text
+from training.lora import load_adapter
 from training.memory import MOST_TOKENS
 
-EVAL_EVERY = 25  # steps between scores of the held-out rows
 ELSEWHERE = ("model", "data", "out", "scores", "resume", "eval_every", "eval_sets", "eval_limit")
 TOTALS = (
     "samples_seen",
@@ -132,20 +132,36 @@ def side_folder(preset: Preset, run: Run, root: Path) -> Path | None:
 def train_command(preset: Preset, run: Run, root: Path) -> Command:
     argv = ["--model", str(preset.models[run.model]), "--data", str(preset.data[run.data])]
     argv += ["--out", str(root / key(preset, run)), *settings(preset, run)]
-    argv += ["--eval-every", str(EVAL_EVERY), "--eval-sets", f"rows={preset.heldout}"]
+    argv += ["--eval-every", str(preset.eval_every), "--eval-sets", f"rows={preset.heldout}"]
     side = side_folder(preset, run, root)
     return "train", argv + (["--scores", str(side / "scores")] if side else [])
 
 
+def weights(preset: Preset, run: Run, root: Path) -> tuple[Path, Path | None]:
+    """The folders of a run's model and of its adapter, if it has one."""
+    folder, base = root / key(preset, run), preset.models[run.model]
+    if run.flags is None:
+        return base, None
+    return (base, folder / "adapter") if config_of(preset, run).lora_rank else (folder / "model", None)
+
+
+def tests_of(preset: Preset, run: Run) -> dict[str, Test]:
+    """Task -> the test that scores a run."""
+    pruners = set()
+    if run.flags is not None:
+        config = config_of(preset, run)
+        pruners = {config.sample_pruner, config.token_pruner} - {"none"}
+    return preset.tests[run.data] | ({} if pruners else preset.ends)
+
+
 def eval_commands(preset: Preset, run: Run, root: Path) -> dict[str, Command]:
     """Task -> the command that scores the run on it."""
-    folder, model = root / key(preset, run), ["--model", str(preset.models[run.model])]
-    if run.flags is not None:
-        lora = config_of(preset, run).lora_rank > 0
-        model = [*model, "--adapter", str(folder / "adapter")] if lora else ["--model", str(folder / "model")]
+    folder = root / key(preset, run)
+    base, adapter = weights(preset, run, root)
+    model = ["--model", str(base), *(["--adapter", str(adapter)] if adapter else [])]
     return {
         task: (module, [*model, *flags, "--out", str(folder / f"{task}.json")])
-        for task, (module, flags) in preset.tests[run.data].items()
+        for task, (module, flags) in tests_of(preset, run).items()
     }
 
 
@@ -257,11 +273,10 @@ def make(preset: Preset, run: Run, root: Path, main: Callable[[list[str]], None]
             found["scores"][name], found["n"][name] = score, n
         found |= trained(folder) if run.flags is not None else {}
         if run.flags is None:  # step 0 of every run's curve
-            before = rows_measures(preset, run, preset.models[run.model], preset.heldout)
+            before = rows_measures(preset, run, root, preset.heldout)
             found["held"] = {"step": [0], **{name: [before[name]] for name in HELDOUT}}
-        if preset.valid:
-            tuned = preset.models[run.model] if run.flags is None else folder / "model"
-            found["valid"] = rows_measures(preset, run, tuned, preset.valid)["rows_nll"]
+        for name, rows in preset.losses.items():
+            found[name] = rows_measures(preset, run, root, rows)["rows_nll"]
         write_json(done, found)
         for name in ("checkpoint", *(() if preset.keep_weights else ("model",))):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -290,12 +305,15 @@ def scores(results: dict[str, dict], groups: tuple[str, ...]) -> dict[str, tuple
     return found | group_scores(results, groups)
 
 
-def rows_measures(preset: Preset, run: Run, folder: Path, rows: Path) -> dict[str, float]:
-    """The loss, perplexity and entropy of a model in `folder` on held-out rows, in the run's template and dtype."""
+def rows_measures(preset: Preset, run: Run, root: Path, rows: Path) -> dict[str, float]:
+    """The loss, perplexity and entropy of a run's model on held-out rows, in the run's template and dtype."""
     flags = run.flags if run.flags is not None else ()
     config = train.resolve(config_of(preset, dataclasses.replace(run, flags=flags)))
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    folder, adapter = weights(preset, run, root)
     model = Transformer.from_pretrained(folder, dtype=dtype, device=config.device)
+    if adapter:
+        load_adapter(model, adapter)
     tokenizer = TextTokenizer.from_pretrained(folder)
     samples, _ = load_samples(rows, tokenizer, config.template, config.max_length)
     found = rows_scores(model, samples, config.pass_tokens or MOST_TOKENS, nullcontext())

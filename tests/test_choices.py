@@ -357,12 +357,11 @@ def scale(tmp_path_factory):
     """One step of 32 rows of the embedded default, two items a test, 20 held-out rows."""
     folder = tmp_path_factory.mktemp("scale")
     preset = presets.tiny(folder)
-    held = {name: folder / f"{name}.json" for name in ("heldout", "valid")}
-    for name, path in held.items():
-        write_json(path, presets.rows_of(getattr(preset, name))[:20])
+    heldout = folder / "heldout.json"
+    write_json(heldout, presets.rows_of(preset.heldout)[:20])
     tests = {task: (module, (*flags, "--limit", "2")) for task, (module, flags) in presets.TINY_TESTS.items()}
     settings = (*preset.settings, "--max-steps", "1", "--grad-accum", "4")
-    preset = dataclasses.replace(preset, **held, settings=settings, tests={"WizardLM": tests})
+    preset = dataclasses.replace(preset, heldout=heldout, losses={}, settings=settings, tests={"WizardLM": tests})
     preset.make_files(preset, set())
     return preset
 
@@ -381,7 +380,7 @@ def test_variants_train_with_their_pruner_loss_and_rows(scale, tmp_path):
     assert no_eos["answer_tokens_seen"] == default["answer_tokens_seen"] - 32  # one of each row
     # A held-out row's own EOS stays a token of its loss.
     untuned = choices.running.run_of(scale, "embedded", "WizardLM", None, 0)
-    before = choices.running.rows_measures(scale, untuned, scale.models["embedded"], scale.heldout)["rows_nll"]
+    before = choices.running.rows_measures(scale, untuned, tmp_path, scale.heldout)["rows_nll"]
     assert all(abs(run["held"]["rows_nll"][-1] - before) < 0.05 for run in made.values())
     assert choices.make(scale, DEFAULT, 1, tmp_path) == made["default"]  # from its summary
 

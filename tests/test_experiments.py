@@ -79,7 +79,9 @@ def test_the_papers_preset_is_its_table_7():
 
 def test_rows_and_tests_are_expected_in_the_folders_that_the_download_fills():
     for preset in (PRESETS["small"], PRESETS["paper"]):
-        flags = [flag for tests in preset.tests.values() for _, flags in tests.values() for flag in flags]
+        flags = [
+            flag for tests in (*preset.tests.values(), preset.ends) for _, flags in tests.values() for flag in flags
+        ]
         paths = [Path(flag) for flag in [*flags, *map(str, preset.data.values())] if flag.startswith("data/")]
         assert paths
         assert {path.parts[1] for path in paths} <= {*download.HUB, *download.WEB}
@@ -208,12 +210,14 @@ def test_what_runs_a_pruner_names_none(module):
 def small_scale(tmp_path):
     """Two steps of 32 rows of the embedded default, four items a test, 20 held-out rows."""
     preset = presets.tiny(tmp_path)
-    held = {name: tmp_path / f"{name}.json" for name in ("heldout", "valid")}
-    for name, path in held.items():
-        write_json(path, presets.rows_of(getattr(preset, name))[:20])
+    held = {path: tmp_path / path.name for path in (preset.heldout, *preset.losses.values())}
+    for path, few in held.items():
+        write_json(few, presets.rows_of(path)[:20])
+    losses = {name: held[path] for name, path in preset.losses.items()}
     tests = {task: (module, (*flags, "--limit", "4")) for task, (module, flags) in presets.TINY_TESTS.items()}
     settings = (*preset.settings, "--max-steps", "2", "--grad-accum", "4")
-    return dataclasses.replace(preset, **held, settings=settings, tests={WIZARD: tests, "OpenHermes": tests})
+    tests = {WIZARD: tests, "OpenHermes": tests}
+    return dataclasses.replace(preset, heldout=held[preset.heldout], losses=losses, settings=settings, tests=tests)
 
 
 def test_a_run_is_made_once_and_its_summary_is_what_it_did(small_scale, tmp_path, monkeypatch):
@@ -376,9 +380,9 @@ def test_a_dry_run_prints_commands_that_parse_and_runs_nothing(tmp_path, capsys,
     ("argv", "said"),
     [
         (["table99"], "expected some of all, figure1, figure2, figure7, figure9, table6, table1,"),
-        ([SMALL], "preset tiny: expected some of"),
+        ([SMALL[0]], "preset tiny: expected some of"),
         (["table1", "--jobs", "0"], "--jobs must be at least 1, got 0"),
-        (["smollm2", "--preset", "small"], "data/gsm8k/train.jsonl: no such file"),
+        (["smollm2", "--preset", "small"], "data/alpaca.json: no such file"),
         (["table1", "--seeds", "0"], "--seeds must be at least 1, got 0"),
     ],
 )
