@@ -11,17 +11,19 @@ from pathlib import Path
 
 from reproduce import figures, noise, report
 from reproduce.experiments import (
+    BEST_RATES,
     COMPARED,
     EMBEDDED,
     EXPERIMENTS,
     FULL_DATA,
+    HIGHER,
     METHODS,
     NOISY,
     PARTS,
-    RATES,
     WHOLE,
     Flags,
     at_rate,
+    rates_at,
 )
 from reproduce.quickstart import GROUPS
 from reproduce.tables import markdown
@@ -69,30 +71,43 @@ def spread_table(results: report.Results) -> str:
     return markdown(lines)
 
 
-def best_rate(results: report.Results, flags: Flags) -> float | None:
-    """The factor of the rate whose run of seed 0 has the lowest loss on the validation rows; None if one is missing."""
+def rate_losses(results: report.Results, budget: str, flags: Flags) -> dict[float, float]:
+    """Factor of the rate -> loss on the validation rows of the run of seed 0; empty if a run is missing."""
     losses = {}
-    for factor in RATES:
+    for factor in rates_at(budget):
         runs = runs_of(results, at_rate(flags, factor), "rates")
         if not runs:
-            return None
+            return {}
         losses[factor] = runs[0]["valid"]
-    return min(losses, key=losses.get)
+    return losses
+
+
+def best_rates(results: report.Results) -> dict[tuple[str, str], float]:
+    """(budget, method) -> the factor of the rate with the lowest loss on the validation rows."""
+    every = {name: rate_losses(results, name[0], flags) for name, flags in variants().items()}
+    return {name: min(losses, key=losses.get) for name, losses in every.items() if losses}
 
 
 def rates_table(results: report.Results) -> str:
     """Markdown: loss on validation rows at each rate, seed 0; the lowest is bold."""
-    lines = [["budget", "method", *(f"rate {factor * results.preset.lr:g}" for factor in RATES)]]
-    for (budget, method), flags in variants().items():
-        best = best_rate(results, flags)
-        if best is None:
-            continue
-        cells = []
-        for factor in RATES:
-            loss = f"{runs_of(results, at_rate(flags, factor), 'rates')[0]['valid']:.3f}"
-            cells.append(f"**{loss}**" if factor == best else loss)
-        lines.append([budget, method, *cells])
+    lines = [["budget", "method", *(f"rate {factor * results.preset.lr:g}" for factor in HIGHER)]]
+    for (budget, method), best in best_rates(results).items():
+        losses = rate_losses(results, budget, variants()[budget, method])
+        shown = {factor: f"**{loss:.3f}**" if factor == best else f"{loss:.3f}" for factor, loss in losses.items()}
+        lines.append([budget, method, *(shown.get(factor, "") for factor in HIGHER)])
     return markdown(lines) if len(lines) > 1 else ""
+
+
+def best_table(results: report.Results) -> str:
+    """Markdown: every method at every budget at its own best rate; empty unless two of them have further seeds."""
+    lines, most = [["budget", "method", "rate", *COSTS, *map(called, TASKS)]], []
+    for (budget, method), flags in variants().items():
+        factor = BEST_RATES[budget, method]
+        runs = runs_of(results, at_rate(flags, factor), "best")
+        if runs:
+            most.append(len(runs))
+            lines.append([budget, method, f"{factor * results.preset.lr:g}", *costs_and_scores(runs)])
+    return markdown(lines) if sum(seeds > 1 for seeds in most) > 1 else ""
 
 
 def front_table(results: report.Results) -> str:

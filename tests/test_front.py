@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reproduce import front, report
-from reproduce.experiments import FULL_DATA, METHODS, PARTS, RATES, WIZARD, at_rate
+from reproduce.experiments import BEST_RATES, FULL_DATA, HIGHER, METHODS, PARTS, WIZARD, at_rate
 from reproduce.presets import PRESETS
 from reproduce.runs import run_of
 
@@ -51,12 +51,26 @@ def results(folder, runs):
 
 
 def test_the_rate_with_the_lowest_validation_loss_of_seed_0_is_chosen(tmp_path):
-    losses = dict(zip(RATES, (1.2, 1.3, 1.1, 1.4), strict=True))
+    losses = dict(zip(HIGHER, (1.2, 1.3, 1.1, 1.4, 1.5), strict=True))
     runs = [made(at_rate(FULL_DATA, factor), 0, valid=loss) for factor, loss in losses.items()]
-    assert front.best_rate(results(tmp_path, runs), FULL_DATA) == RATES[2]
-    assert front.best_rate(results(tmp_path, runs[:2]), FULL_DATA) is None
-    assert "| 1.200 | 1.300 | **1.100** | 1.400 |" in front.rates_table(results(tmp_path, runs))
-    assert front.rates_table(results(tmp_path, runs[:2])) == ""
+    assert front.best_rates(results(tmp_path, runs)) == {("", "full data"): HIGHER[2]}
+    assert "| 1.200 | 1.300 | **1.100** | 1.400 | 1.500 |" in front.rates_table(results(tmp_path, runs))
+    assert front.best_rates(results(tmp_path, runs[:-1])) == {}
+    assert front.rates_table(results(tmp_path, runs[:-1])) == ""
+
+
+def test_the_best_rates_are_those_of_the_committed_runs():
+    assert front.best_rates(report.Results.read("tiny")).items() <= BEST_RATES.items()
+
+
+def test_each_method_is_shown_at_its_own_best_rate(tmp_path):
+    chosen = [(FULL_DATA, ("", "full data")), (METHODS["entropy"]("25x100"), ("25x100", "entropy"))]
+    runs = [made(at_rate(flags, BEST_RATES[name]), seed, held=1.5) for flags, name in chosen for seed in (0, 1)]
+    runs += [made(FULL_DATA, seed, held=9.0) for seed in (0, 1)]
+    lines = front.best_table(results(tmp_path, runs)).splitlines()
+    assert [line.split(" | ")[1:3] for line in lines[2:]] == [["full data", "0.002"], ["entropy", "6e-05"]]
+    assert all(line.endswith("| 1.500 ± 0.000 |") for line in lines[2:])
+    assert front.best_table(results(tmp_path, runs[:3])) == ""
 
 
 def test_a_row_has_the_fewest_seconds_and_gains_over_random_and_full_data(tmp_path):
