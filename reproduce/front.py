@@ -207,8 +207,20 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
+def tokens(runs: list[dict]) -> float:
+    """Thousands of answer tokens that a run trained on, the mean over seeds."""
+    return statistics.mean(run["answer_tokens_kept"] for run in runs) / 1000
+
+
+PAID = {  # picture -> what its methods pay, and the name of the axis
+    "front": (seconds, "seconds of training"),
+    "front_tokens": (tokens, "thousands of answer tokens trained on"),
+}
+
+
 def draw_front(results: report.Results, path: Path) -> None:
-    """Score against training seconds, each method at each budget, with the Pareto front of each score."""
+    """Score against what the file's name says (PAID), each method at each budget, with each score's Pareto front."""
+    paid, axis_name = PAID[path.stem]
     import matplotlib
 
     with matplotlib.rc_context(figures.STYLE):
@@ -221,7 +233,7 @@ def draw_front(results: report.Results, path: Path) -> None:
                 runs = runs_of(results, flags)
                 if not runs:
                     continue
-                found, at = report.values(runs, task), seconds(runs)
+                found, at = report.values(runs, task), paid(runs)
                 colour, marker = LOOKS[method]
                 y, margin = statistics.mean(found), noise.mean_margin(found) or 0.0
                 hollow = {"markerfacecolor": "white"} if budget == "12.5x50" else {}
@@ -233,14 +245,14 @@ def draw_front(results: report.Results, path: Path) -> None:
             if front:
                 axis.step(*zip(*front, strict=True), where="post", color="#999999", linewidth=0.8, zorder=0)
             axis.set_title(called(task) + (", percent correct" if task != "held" else ", nats a token"))
-            axis.set_xlabel("seconds of training")
+            axis.set_xlabel(axis_name)
         handles = [
             matplotlib.lines.Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
             for name, (colour, marker) in LOOKS.items()
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(LOOKS))
         figure.suptitle(
-            "Score against seconds; labels: percent of the samples, hollow: tokens trimmed, bars: 95 % interval",
+            f"Score against {axis_name}; labels: percent of the samples, hollow: tokens trimmed, bars: 95 % interval",
             x=0.01,
             ha="left",
             fontsize=10,

@@ -401,12 +401,12 @@ def page(tiny: Results | None, first: Results | None, small: Results | None, fol
 
 def front_parts(tiny: Results, figures_folder: Path) -> list[str]:
     """The sections of the experiments beyond the paper, those that have run."""
-    parts, picture = [], figures_folder / "front.svg"
-    shown = "![Score against seconds](results/figures/front.svg)" if picture.exists() else ""
+    parts, pictures = [], [name for name in front.PAID if (figures_folder / f"{name}.svg").exists()]
+    shown = [f"![Score against {front.PAID[name][1]}](results/figures/{name}.svg)" for name in pictures]
     for text, *tables in (
         (SPREAD, front.spread_table(tiny)),
         (RATES, front.rates_table(tiny), front.best_table(tiny)),
-        (FRONT, front.front_table(tiny), shown, front.answers(tiny)),
+        (FRONT, front.front_table(tiny), *shown, front.answers(tiny)),
         (PARTS, front.parts_table(tiny)),
     ):
         if tables[0]:
@@ -472,7 +472,8 @@ def main(argv: list[str] | None = None) -> None:
         if first:
             figures.draw(first, RESULTS / "figures")
         if tiny:
-            front.draw_front(tiny, RESULTS / "figures" / "front.svg")
+            for name in front.PAID:
+                front.draw_front(tiny, RESULTS / "figures" / f"{name}.svg")
             front.draw_noise(tiny, RESULTS / "figures" / "noise.svg")
         if (RESULTS / "plants.json").exists():
             plants.draw(read_json(RESULTS / "plants.json"), RESULTS / "figures")

@@ -109,8 +109,9 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     ours, random = (METHODS[name]("25x100") for name in ("as printed", "random"))
     runs = [made(flags, 0, held=held) for flags, held in ((ours, 0.9), (random, 1.0), (FULL_DATA, 0.95))]
     found = results(tmp_path, runs)
-    front.draw_front(found, tmp_path / "front.svg")
-    assert "Q1 barred" in (tmp_path / "front.svg").read_text()
+    for name, (_, axis_name) in front.PAID.items():
+        front.draw_front(found, tmp_path / f"{name}.svg")
+        assert all(text in (tmp_path / f"{name}.svg").read_text() for text in ("Q1 barred", axis_name))
     assert not front.draw_noise(found, tmp_path / "none.svg")  # one share of noise compares nothing
     pairs = ((ours, 0.9), (random, 1.0), (FULL_DATA, 0.95))
     noisy = [made(flags, 0, held=held, data="noise-all-0.6") for flags, held in pairs]
