@@ -17,7 +17,7 @@ import train
 from data import download
 from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, SamplePruner, TokenPruner, score_rows
 from reproduce import __main__ as command_line
-from reproduce import cost, noise, paper, presets, report, runs, tables
+from reproduce import cost, noise, paper, planted, presets, report, runs, tables
 from reproduce.experiments import EXPERIMENTS, SMALL, WIZARD, qtuning, row, rows
 from training.files import read_json, write_json
 
@@ -85,6 +85,40 @@ def test_rows_and_tests_are_expected_in_the_folders_that_the_download_fills():
         paths = [Path(flag) for flag in [*flags, *map(str, preset.data.values())] if flag.startswith("data/")]
         assert paths
         assert {path.parts[1] for path in paths} <= {*download.HUB, *download.WEB}
+
+
+def test_the_real_rows_are_half_of_each_file_with_the_same_noise_and_none_of_them_held_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "an answer of six words or"
+    write_json(
+        Path("data/alpaca.json"), [{"instruction": f"{i}?", "input": "", "output": f"{words} {i}"} for i in range(1800)]
+    )
+    write_json(Path("data/lima.json"), [{"prompt": f"{i}?", "response": "yes"} for i in range(40)])
+    problems = [json.dumps({"question": f"{i}!", "answer": f"{words} {i}"}) for i in range(1800)]
+    Path("data/gsm8k").mkdir()
+    Path("data/gsm8k/train.jsonl").write_text("\n".join(problems))
+    preset = presets.small(tmp_path / "runs")
+    preset.make_files(preset, set())
+    clean, noisy = (presets.rows_of(preset.data[name]) for name in SMALL)
+    assert [row["id"] for row in clean] == [row["id"] for row in noisy] and len(clean) == 3200
+    changed = [row for row, other in zip(noisy, clean, strict=True) if row != other]
+    assert len(changed) == 0.3 * 3200 and {row["kind"] for row in changed} == set(planted.NOISE)
+    assert sum(row["id"].startswith("alpaca-") for row in clean) == 1600
+    heldout = {name: presets.rows_of(path) for name, path in preset.losses.items()}
+    assert {name: len(rows) for name, rows in heldout.items()} == {"alpaca_nll": 100, "gsm8k_nll": 100, "lima_nll": 30}
+    ids = {row["id"] for name in ("alpaca_nll", "gsm8k_nll") for row in heldout[name]}
+    assert ids.isdisjoint(row["id"] for row in clean)
+    assert {row["id"] for row in presets.rows_of(preset.heldout)} < ids
+
+
+def test_only_the_untuned_model_and_full_data_are_scored_on_the_tests_of_the_ends():
+    preset = presets.small(Path("runs"))
+    scored = {
+        label: set(runs.tests_of(preset, runs.run_of(preset, "SmolLM2-135M", SMALL[0], flags, 0)))
+        for _, label, flags in rows(EXPERIMENTS[SMALL[0]])
+    }
+    ends = {"Zero-Shot", "Full Dataset"}
+    assert scored == {label: set(preset.ends) if label in ends else set() for label in scored} and ends < scored.keys()
 
 
 def test_a_broken_row_is_named(tmp_path):
