@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,15 +48,19 @@ OUR_LOOKS = (  # of several budgets
 MEASURES = {"rows_ppl": "perplexity", "rows_ent": "entropy, nats", "rows_nll": "NLL, nats a token"}
 
 
-def draw(results: report.Results, folder: str | Path) -> list[str]:
-    """Write figure3.svg, figure4.svg, ... into `folder`, those with runs to show; returns their names."""
+def draw(results: report.Results, folder: str | Path, names: Collection[str] | None = None) -> list[str]:
+    """Write figure3.svg, figure4.svg, ... into `folder`, those with runs to show; returns their files' names.
+
+    Args:
+        names: of the figures to draw; default: those of the preset.
+    """
     import matplotlib
 
     written = []
     with matplotlib.rc_context(STYLE):
         for figure_of in (figure3, figure4, figure5, figure6, figure8):
             name = figure_of.__name__
-            figure = figure_of(results) if name in results.preset.experiments else None
+            figure = figure_of(results) if name in (results.preset.experiments if names is None else names) else None
             if figure:
                 written.append(f"{name}.svg")
                 figure.savefig(Path(folder) / written[-1], metadata={"Date": None})

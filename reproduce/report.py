@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eval.statistics import wilson_interval
 from reproduce import cases, efficiency, figures, front, noise, paper, plants, resemblance
-from reproduce.experiments import BEYOND, EXPERIMENTS, Experiment, Flags, qtuning, row
+from reproduce.experiments import BEYOND, EXPERIMENTS, Experiment, Flags, qtuning, row, rows
 from reproduce.experiments import SMALL as ON_REAL_ROWS
 from reproduce.presets import PRESETS, Preset
 from reproduce.runs import run_of
@@ -82,6 +82,19 @@ class Results:
         """The runs of a row of an experiment."""
         run = run_of(self.preset, model, experiment.data, flags, 0)
         return self.runs.get((run.model, run.data, run.flags), [])
+
+    def complete(self) -> list[str]:
+        """The experiments of which every run is there, for one seed at least; without those beyond the paper."""
+        return [
+            name
+            for name in self.preset.experiments
+            if name not in BEYOND
+            and all(
+                self.of(EXPERIMENTS[name], model, flags)
+                for model in EXPERIMENTS[name].models or self.preset.sizes
+                for _, _, flags in rows(EXPERIMENTS[name])
+            )
+        ]
 
     def tasks(self, experiment: Experiment) -> list[str]:
         losses = [name for name in self.preset.losses if name in LOSSES]
@@ -338,12 +351,17 @@ Gain in held-out loss over full data and over random pruning, by the share of no
 themselves. One seed but for 30 %, so that differences of a hundredth may be noise. `python -m reproduce noise-all-0.6`
 and so on.
 """
+PRESENT = """## The paper's tables
+
+The tables and figures of the paper, made with the embedded default. It replaces all of the paper's models, its word
+problems replace MathInstruct, and its forms of ARC and GSM8K are shown beside ARC-E and GSM8K. Rows that other tables
+share have up to five seeds, the others have seed 0 alone.
+"""
 FIRST = """## The first embedded world
 
-The tables of the paper, made with the embedded default as it was at commit 285da26: 4,000 rows with answers of 21
-tokens on average, steps of 32 rows, one epoch. A step at 12.5x50 trains on 45 answer tokens, so that scores spread
-widely over seeds. The present default has not been run on them yet. The embedded model replaces all of the paper's
-models, its word problems replace MathInstruct, and its forms of ARC and GSM8K are shown beside ARC-E and GSM8K.
+The tables that the present default has not been run on yet, made with the one of commit 285da26: 4,000 rows with
+answers of 21 tokens on average, steps of 32 rows, one epoch. A step at 12.5x50 trains on 45 answer tokens, so that
+scores spread widely over seeds.
 """
 SELECTED = """## What is selected
 
@@ -380,13 +398,16 @@ def page(tiny: Results | None, first: Results | None, small: Results | None, fol
         if "real" in columns:
             parts += [RESEMBLANCE.rstrip(), resemblance.table(columns)]
         parts += front_parts(tiny, folder / "figures")
-    if first:
-        parts += [FIRST, "### What gains, and what does not", answers(first)]
-        parts += ["### Sources of the kept samples", sources(first)]
-        for name in first.preset.experiments:
-            if name == "cases" or name in BEYOND:  # shown elsewhere
-                continue
-            parts += experiment_part(first, name, folder / "figures" / f"{name}.svg")
+    present = tiny.complete() if tiny else []
+    for results, text, names in ((tiny, PRESENT, present), (first, FIRST, set(EXPERIMENTS) - {*present, *BEYOND})):
+        if results and names:
+            parts += [text.rstrip()]
+            if "choices" in names:
+                parts += ["### What gains, and what does not", answers(results)]
+                parts += ["### Sources of the kept samples", sources(results)]
+            for name in results.preset.experiments:
+                if name in names and name != "cases":  # which has a section of its own
+                    parts += experiment_part(results, name, folder / "figures" / f"{name}.svg")
     if (folder / "cases").exists():
         rows = (folder / "cases" / "quadrants.md").read_text(encoding="utf-8").strip()
         parts += [SELECTED, *selected_part(folder / "cases"), PRUNED, rows]
@@ -480,6 +501,7 @@ def main(argv: list[str] | None = None) -> None:
         if first:
             figures.draw(first, RESULTS / "figures")
         if tiny:
+            figures.draw(tiny, RESULTS / "figures", tiny.complete())
             for name in front.PAID:
                 front.draw_front(tiny, RESULTS / "figures" / f"{name}.svg")
             front.draw_noise(tiny, RESULTS / "figures" / "noise.svg")

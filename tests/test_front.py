@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reproduce import front, report
-from reproduce.experiments import BEST_RATES, FULL_DATA, HIGHER, METHODS, PARTS, WIZARD, at_rate
+from reproduce.experiments import BEST_RATES, EXPERIMENTS, FULL_DATA, HIGHER, METHODS, PARTS, WIZARD, at_rate
 from reproduce.presets import PRESETS
-from reproduce.runs import run_of
+from reproduce.runs import run_of, runs_of
 
 TINY = PRESETS["tiny"](Path("runs/tiny"))
 points = st.lists(st.tuples(st.integers(0, 20), st.integers(-20, 20)), max_size=12)
@@ -127,6 +127,12 @@ def test_each_part_is_a_line_of_its_own_runs(tmp_path):
         (line,) = (line for line in table.splitlines() if line.startswith(f"| {name} |"))
         assert line.endswith(f"| {1 + place / 10:.3f} |")
     assert front.parts_table(results(tmp_path, runs[:1])) == ""
+
+
+def test_a_table_is_of_the_present_world_once_all_of_its_runs_are_there(tmp_path):
+    runs = [made(run.flags, run.seed) for run in runs_of(TINY, EXPERIMENTS["table3"], 1)]
+    assert results(tmp_path, runs).complete() == ["table3"]
+    assert all(results(tmp_path, runs[:n] + runs[n + 1 :]).complete() == [] for n in range(len(runs)))
 
 
 def test_losses_by_noise_are_compared_within_the_same_rows(tmp_path):
