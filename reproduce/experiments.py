@@ -142,11 +142,16 @@ ONCE = ("--reuse-scores", "2")  # a row is scored in the first of the two epochs
 METHODS = {  # name -> flags at a budget
     "random": lambda budget, *more: row("Random", "Random", budget, *more),
     "entropy": lambda budget, *more: row("Entropy", "Random", budget, *more),
+    "LESS": lambda budget, *more: row("LESS", "Random", budget, *more),
+    "Rho-1": lambda budget, *more: row("Random", "Rho-1", budget, *more),
     "as printed": qtuning,
     "Q1 barred": lambda budget, *more: qtuning(budget, *BARRED, *more),
     "Q1 barred, scored once": lambda budget, *more: qtuning(budget, *BARRED, *ONCE, *more),
 }
+SIDE_FILES = ("LESS", "Rho-1")  # the best of the compared pruners; their seconds leave out what made their side files
+AT_ONE_BUDGET = {"entropy": "25x100", "Rho-1": "12.5x50"}  # which prunes tokens alone
 COMPARED = ("random", "as printed", "Q1 barred")  # where the share of noise varies
+RATED = tuple(name for name in METHODS if name not in SIDE_FILES)  # at several learning rates
 RATES = (0.3, 1.0, 3.0, 10.0)  # factors of the preset's learning rate
 HIGHER = (*RATES, 30.0)  # where ten times the preset's rate was the best of RATES: full data and half of the samples
 FULL_DATA = row("Random", "Random", "100x100")
@@ -209,13 +214,13 @@ def at_budgets(
     rates: Callable[[str], tuple[float, ...]] = common_rate,
     methods: Collection[str] = METHODS,
 ) -> Sections:
-    """Rows of full data, and of these methods at each budget and rate; `entropy` at one budget of whole answers."""
+    """Rows of full data, and of these methods at each budget and rate."""
     found = {"": {"before tuning": None} | {f"full data, rate x{f:g}": at_rate(FULL_DATA, f) for f in rates("")}}
     for budget in budgets:
         found[budget] = {
             f"{name}, rate x{factor:g}": at_rate(METHODS[name](budget), factor)
             for name in methods
-            if name != "entropy" or budget == WHOLE[1]
+            if budget == AT_ONE_BUDGET.get(name, budget)
             for factor in rates(budget)
         }
     return found
@@ -349,7 +354,10 @@ EXPERIMENTS = {
         "Noise between seeds", (EMBEDDED,), WIZARD, {"12.5x50": {"random": METHODS["random"]("12.5x50")}}
     ),
     "rates": Experiment(
-        "Every method at four learning rates or five", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"), rates_at)
+        "Every method at four learning rates or five",
+        (EMBEDDED,),
+        WIZARD,
+        at_budgets((*WHOLE, "12.5x50"), rates_at, RATED),
     ),
     "best": Experiment("Every method at its own best rate", (EMBEDDED,), WIZARD, at_best_rates()),
     "front": Experiment("What pruning pays", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"))),

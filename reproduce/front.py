@@ -20,6 +20,7 @@ from reproduce.experiments import (
     METHODS,
     NOISY,
     PARTS,
+    SIDE_FILES,
     WHOLE,
     Flags,
     at_rate,
@@ -102,8 +103,8 @@ def best_table(results: report.Results) -> str:
     """Markdown: every method at every budget at its own best rate; empty unless two of them have further seeds."""
     lines, most = [["budget", "method", "rate", *COSTS, *map(called, TASKS)]], []
     for (budget, method), flags in variants().items():
-        factor = BEST_RATES[budget, method]
-        runs = runs_of(results, at_rate(flags, factor), "best")
+        factor = BEST_RATES.get((budget, method))
+        runs = runs_of(results, at_rate(flags, factor), "best") if factor else []
         if runs:
             most.append(len(runs))
             lines.append([budget, method, f"{factor * results.preset.lr:g}", *costs_and_scores(runs)])
@@ -194,6 +195,8 @@ LOOKS = {  # Okabe and Ito's colours
     "as printed": ("#d55e00", "o"),
     "Q1 barred": ("#009e73", "D"),
     "Q1 barred, scored once": ("#56b4e9", "v"),
+    "LESS": ("#e69f00", "P"),
+    "Rho-1": ("#8c564b", "X"),
 }
 
 
@@ -231,7 +234,7 @@ def draw_front(results: report.Results, path: Path) -> None:
             points, sign = [], report.better(task)
             for (budget, method), flags in variants().items():
                 runs = runs_of(results, flags)
-                if not runs:
+                if not runs or (paid is seconds and method in SIDE_FILES):
                     continue
                 found, at = report.values(runs, task), paid(runs)
                 colour, marker = LOOKS[method]
@@ -249,8 +252,9 @@ def draw_front(results: report.Results, path: Path) -> None:
         handles = [
             matplotlib.lines.Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
             for name, (colour, marker) in LOOKS.items()
+            if paid is not seconds or name not in SIDE_FILES
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(LOOKS))
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         figure.suptitle(
             f"Score against {axis_name}; labels: percent of the samples, hollow: tokens trimmed, bars: 95 % interval",
             x=0.01,
