@@ -367,7 +367,7 @@ scores spread widely over seeds.
 """
 SELECTED = """## What is selected
 
-Figures 1, 2 and 7 and Appendix E, for Q-Tuning at 12.5x50 on the first embedded world, seed 0
+Figures 1, 2 and 7 and Appendix E, for Q-Tuning at 12.5x50 on the embedded default, seed 0
 (`python -m reproduce cases`). Rules give each token its kind (`reproduce/cases.py`); the paper asked a language model.
 """
 PRUNED = "Rows with their pruned tokens: [as text](results/cases/pruned.md), [as HTML](results/cases/pruned.html)."
