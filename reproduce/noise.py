@@ -31,12 +31,12 @@ def mean_margin(values: Sequence[float]) -> float | None:
 def difference_margin(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Half the width of the 95 % interval of mean(a) - mean(b), variances pooled; None for one value of each.
 
-    A single value beside several counts as exact: it is that of an untuned model, which has no seed.
+    A single value beside several is taken to vary as they do.
     """
-    if len(a) == 1 or len(b) == 1:
-        return mean_margin(a if len(b) == 1 else b)
-    squares = sum((len(part) - 1) * statistics.variance(part) for part in (a, b))
     freedom = len(a) + len(b) - 2
+    if not freedom:
+        return None
+    squares = sum((len(part) - 1) * statistics.variance(part) for part in (a, b) if len(part) > 1)
     return t975(freedom) * math.sqrt(squares / freedom * (1 / len(a) + 1 / len(b)))
 
 

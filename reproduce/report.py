@@ -136,9 +136,13 @@ class Gain:
 
 
 def gain(runs: list[dict], over: list[dict], task: str) -> Gain:
-    """The gain of runs over others; its interval is over seeds, or over the test's items for one run of each."""
+    """The gain of runs over others; its interval is over seeds, or over the test's items for one run of each.
+
+    The untuned model has no seed, so its score counts as exact beside those of several runs.
+    """
     ours, theirs = values(runs, task), values(over, task)
-    margin = noise.difference_margin(ours, theirs)
+    seeded = [found for found, of in ((ours, runs), (theirs, over)) if of[0]["flags"] is not None]
+    margin = noise.difference_margin(ours, theirs) if len(seeded) == 2 else noise.mean_margin(*(seeded or [ours]))
     if margin is None and task not in LOSSES:
         margin = noise.proportions_margin(*((run[0]["scores"][task], run[0]["n"][task]) for run in (runs, over)))
     return Gain(better(task) * (statistics.mean(ours) - statistics.mean(theirs)), margin)
@@ -304,11 +308,11 @@ HEAD = """# Results
 `python -m reproduce.report` makes this page from the files in [`results/`](results).
 
 How to read a table: scores are in percent and losses in nats per token. They are means over seeds ± half the 95 %
-interval (Student's t); for a single run the interval is over the test's items. A *gain* is over the row of the same
-budget marked (reference), or over full data where a budget has one row; the gain of a loss is its decrease.
-*Difference* is our gain less the paper's. Scores themselves do not compare, since models, rows and tests differ. `~`
-marks what is within the noise, and losses of single runs, whose noise is unknown. The paper's numbers are as printed;
-[`paper.json`](paper.json) lists its misprints.
+interval (Student's t); for a single run the interval is over the test's items. Beside several seeds of another row a
+single run is taken to vary as they do. A *gain* is over the row of the same budget marked (reference), or over full
+data where a budget has one row; the gain of a loss is its decrease. *Difference* is our gain less the paper's. Scores
+themselves do not compare, since models, rows and tests differ. `~` marks what is within the noise, and losses of two
+single runs, whose noise is unknown. The paper's numbers are as printed; [`paper.json`](paper.json) lists its misprints.
 """
 TINY = """## The embedded default
 

@@ -474,13 +474,20 @@ def test_a_difference_is_as_uncertain_either_way_round(a, b):
 def test_margins_of_hand_computed_values():
     assert noise.mean_margin([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
     assert noise.mean_margin([1.0]) is None
-    assert noise.difference_margin([1.0, 2.0, 3.0], [5.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert noise.difference_margin([1.0, 2.0, 3.0], [5.0]) == pytest.approx(4.303 * math.sqrt(1 + 1 / 3))
     assert noise.difference_margin([1.0, 2.0, 3.0], [4.0, 4.0, 4.0]) == pytest.approx(2.776 * math.sqrt(0.5 * 2 / 3))
     assert noise.difference_margin([1.0], [2.0]) is None
     assert noise.proportions_margin((50.0, 100), (50.0, 100)) == pytest.approx(1.96 * math.sqrt(50))
 
 
 # ---------------------------------------------------------------------------------------------- report
+
+
+def test_a_single_run_is_as_uncertain_as_the_others_and_the_untuned_model_exact():
+    tuned = [result(("--x",), seed, gsm8k) for seed, gsm8k in enumerate((1.0, 2.0, 3.0))]
+    assert report.gain(tuned, [result(("--y",), 0, 5.0)], "gsm8k").margin == pytest.approx(4.303 * math.sqrt(1 + 1 / 3))
+    assert report.gain(tuned, [result(None, 0, 5.0)], "gsm8k").margin == pytest.approx(4.303 / math.sqrt(3))
+    assert report.gain([result(None, 0, 5.0)], tuned, "gsm8k").margin == pytest.approx(4.303 / math.sqrt(3))
 
 
 def result(flags, seed, gsm8k, held=0.2):
