@@ -346,7 +346,8 @@ are the fewest of a method's runs, on a machine that other work shared. `Q1 barr
 `--backfill-quadrants 0,2,3,4`; *scored once* adds `--reuse-scores 2`, which scores a row in the first epoch alone.
 `LESS` (random tokens, seconds without those of its side files) had the lowest held-out loss of the compared sample
 pruners in Table 13, and `Rho-1` (random samples) of the token pruners in Table 14. LESS is given 16 rows that are known
-to be right. Of the intervals in the second table about one in twenty excludes 0 by chance.
+to be right, and sees only the rows that it chose before training. Of the intervals in the second table about one in
+twenty excludes 0 by chance.
 """
 PARTS = """### What each part contributes
 
