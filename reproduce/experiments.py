@@ -149,7 +149,7 @@ METHODS = {  # name -> flags at a budget
     "Q1 barred, scored once": lambda budget, *more: qtuning(budget, *BARRED, *ONCE, *more),
 }
 SIDE_FILES = ("LESS", "Rho-1")  # the best of the compared pruners; their seconds leave out what made their side files
-AT_ONE_BUDGET = {"entropy": "25x100", "Rho-1": "12.5x50"}  # which prunes tokens alone
+AT_ONE_BUDGET = {"entropy": "25x100", "Rho-1": "12.5x50"}  # compared at this budget alone; Rho-1 prunes tokens
 COMPARED = ("random", "as printed", "Q1 barred")  # where the share of noise varies
 RATED = tuple(name for name in METHODS if name not in SIDE_FILES)  # at several learning rates
 RATES = (0.3, 1.0, 3.0, 10.0)  # factors of the preset's learning rate
@@ -205,13 +205,9 @@ def rates_at(budget: str) -> tuple[float, ...]:
     return HIGHER if budget in ("", "50x100") else RATES
 
 
-def common_rate(budget: str) -> tuple[float, ...]:
-    return (1.0,)
-
-
 def at_budgets(
     budgets: tuple[str, ...],
-    rates: Callable[[str], tuple[float, ...]] = common_rate,
+    rates: Callable[[str], tuple[float, ...]] = lambda budget: (1.0,),
     methods: Collection[str] = METHODS,
 ) -> Sections:
     """Rows of full data, and of these methods at each budget and rate."""
@@ -241,7 +237,7 @@ def on_real_rows(*budgets: str) -> Sections:
 
 
 def at_best_rates() -> Sections:
-    """Every row of `front`, at its own best rate."""
+    """Every row of `rates`, at its own best rate."""
     found: Sections = {"": {"before tuning": None}}
     for (budget, method), factor in BEST_RATES.items():
         flags = METHODS[method](budget) if budget else FULL_DATA

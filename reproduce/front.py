@@ -1,7 +1,8 @@
 """What pruning pays on the embedded default: noise between seeds, learning rates, score against seconds, noisy rows.
 
 Tables and pictures of the experiments `spread`, `rates`, `front` and `noise-...`, for the page of reproduce/report.py.
-A method's seconds are the fewest that any of its runs took to train: runs share a machine, and a neighbour only adds.
+A method's seconds are the fewest that any of its runs took to train, at any rate: runs share a machine, and a
+neighbour only adds.
 """
 
 from __future__ import annotations
@@ -48,8 +49,14 @@ def runs_of(results: report.Results, flags: Flags | None, experiment: str = "fro
     return results.of(EXPERIMENTS[experiment], EMBEDDED, flags)
 
 
-def seconds(runs: list[dict]) -> float:
-    return min(run["seconds"] for run in runs)
+def seconds(results: report.Results, flags: Flags) -> float:
+    """The fewest seconds of a method's runs at any rate, which does not change the work."""
+    return min(run["seconds"] for factor in HIGHER for run in runs_of(results, at_rate(flags, factor)))
+
+
+def tokens(results: report.Results, flags: Flags) -> float:
+    """Thousands of answer tokens that a run trained on, the mean over seeds."""
+    return statistics.mean(run["answer_tokens_kept"] for run in runs_of(results, flags)) / 1000
 
 
 def called(task: str) -> str:
@@ -79,7 +86,7 @@ def rate_losses(results: report.Results, budget: str, flags: Flags) -> dict[floa
         runs = runs_of(results, at_rate(flags, factor), "rates")
         if not runs:
             return {}
-        losses[factor] = runs[0]["valid"]
+        losses[factor] = next(run["valid"] for run in runs if run["seed"] == 0)
     return losses
 
 
@@ -92,23 +99,26 @@ def best_rates(results: report.Results) -> dict[tuple[str, str], float]:
 def rates_table(results: report.Results) -> str:
     """Markdown: loss on validation rows at each rate, seed 0; the lowest is bold."""
     lines = [["budget", "method", *(f"rate {factor * results.preset.lr:g}" for factor in HIGHER)]]
-    for (budget, method), best in best_rates(results).items():
-        losses = rate_losses(results, budget, variants()[budget, method])
-        shown = {factor: f"**{loss:.3f}**" if factor == best else f"{loss:.3f}" for factor, loss in losses.items()}
-        lines.append([budget, method, *(shown.get(factor, "") for factor in HIGHER)])
+    for (budget, method), flags in variants().items():
+        losses = rate_losses(results, budget, flags)
+        if losses:
+            shown = {factor: f"{loss:.3f}" for factor, loss in losses.items()}
+            best = min(losses, key=losses.get)
+            shown[best] = f"**{shown[best]}**"
+            lines.append([budget, method, *(shown.get(factor, "") for factor in HIGHER)])
     return markdown(lines) if len(lines) > 1 else ""
 
 
 def best_table(results: report.Results) -> str:
-    """Markdown: every method at every budget at its own best rate; empty unless two of them have further seeds."""
-    lines, most = [["budget", "method", "rate", *COSTS, *map(called, TASKS)]], []
+    """Markdown: the methods of `rates_table`, each at its best rate; empty unless two of them have further seeds."""
+    lines, seed_counts = [["budget", "method", "rate", *COSTS, *map(called, TASKS)]], []
     for (budget, method), flags in variants().items():
         factor = BEST_RATES.get((budget, method))
         runs = runs_of(results, at_rate(flags, factor), "best") if factor else []
         if runs:
-            most.append(len(runs))
-            lines.append([budget, method, f"{factor * results.preset.lr:g}", *costs_and_scores(runs)])
-    return markdown(lines) if sum(seeds > 1 for seeds in most) > 1 else ""
+            seed_counts.append(len(runs))
+            lines.append([budget, method, f"{factor * results.preset.lr:g}", *costs_and_scores(results, flags, runs)])
+    return markdown(lines) if sum(count > 1 for count in seed_counts) > 1 else ""
 
 
 def front_table(results: report.Results) -> str:
@@ -120,17 +130,22 @@ def front_table(results: report.Results) -> str:
     for (budget, method), flags in variants().items():
         runs = runs_of(results, flags)
         if runs:
-            lines.append([budget, method, *costs_and_scores(runs)])
+            lines.append([budget, method, *costs_and_scores(results, flags, runs)])
     return markdown(lines)
 
 
 COSTS = ("seeds", "seconds", "answer tokens kept")
 
 
-def costs_and_scores(runs: list[dict]) -> list[str]:
-    """The cells of COSTS and of the scores."""
-    kept = f"{100 * report.share(runs, 'answer_tokens_kept', 'answer_tokens_seen'):.1f} %"
-    return [str(len(runs)), f"{seconds(runs):.0f}", kept, *(report.with_margin(runs, task) for task in TASKS)]
+def costs_and_scores(results: report.Results, flags: Flags, runs: list[dict]) -> list[str]:
+    """The cells of COSTS and of the scores of runs with these flags at some rate.
+
+    The share of the answer tokens is of full data's: a method that chooses its rows before training sees no others.
+    """
+    seen = (runs_of(results, FULL_DATA) or runs)[0]["answer_tokens_seen"]
+    kept = statistics.mean(run["answer_tokens_kept"] for run in runs) / seen
+    costs = [str(len(runs)), f"{seconds(results, flags):.0f}", f"{100 * kept:.1f} %"]
+    return [*costs, *(report.with_margin(runs, task) for task in TASKS)]
 
 
 def parts_table(results: report.Results) -> str:
@@ -139,14 +154,14 @@ def parts_table(results: report.Results) -> str:
     for name, flags in PARTS.items():
         runs = runs_of(results, flags, "parts")
         if runs:
-            lines.append([name, *costs_and_scores(runs)])
+            lines.append([name, *costs_and_scores(results, flags, runs)])
     return markdown(lines) if len(lines) > 2 else ""
 
 
 def answers(results: report.Results) -> str:
     """Markdown: the gain of each method over random at its budget, over full data and over the untuned model.
 
-    Each gain has its 95 % interval. Of this many intervals about one in twenty excludes 0 by chance.
+    Each gain has its 95 % interval. Where two methods are equal, one interval in twenty excludes 0 by chance.
     """
     lines = [["budget", "method", "over", *map(called, TASKS), "beyond noise"]]
     for (budget, method), flags in variants().items():
@@ -210,11 +225,6 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def tokens(runs: list[dict]) -> float:
-    """Thousands of answer tokens that a run trained on, the mean over seeds."""
-    return statistics.mean(run["answer_tokens_kept"] for run in runs) / 1000
-
-
 PAID = {  # picture -> what its methods pay, and the name of the axis
     "front": (seconds, "seconds of training"),
     "front_tokens": (tokens, "thousands of answer tokens trained on"),
@@ -236,9 +246,9 @@ def draw_front(results: report.Results, path: Path) -> None:
                 runs = runs_of(results, flags)
                 if not runs or (paid is seconds and method in SIDE_FILES):
                     continue
-                found, at = report.values(runs, task), paid(runs)
+                found, at = report.values(runs, task), paid(results, flags)
                 colour, marker = LOOKS[method]
-                y, margin = statistics.mean(found), noise.mean_margin(found) or 0.0
+                y, margin = statistics.mean(found), noise.mean_margin(found)  # None, for a single run, draws no bar
                 hollow = {"markerfacecolor": "white"} if budget == "12.5x50" else {}
                 axis.errorbar(at, y, margin, color=colour, marker=marker, markersize=5, alpha=0.9, **hollow)
                 label = "" if method == FULL else budget.partition("x")[0]

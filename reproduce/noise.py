@@ -29,15 +29,22 @@ def mean_margin(values: Sequence[float]) -> float | None:
 
 
 def difference_margin(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of mean(a) - mean(b), variances pooled; None for one value of each.
+    """Half the width of the 95 % interval of mean(a) - mean(b), by Welch's t; None for one value of each.
 
-    A single value beside several is taken to vary as they do.
+    The degrees of freedom (Welch-Satterthwaite) are rounded down. A single value beside several is taken to vary as
+    they do.
     """
-    freedom = len(a) + len(b) - 2
-    if not freedom:
+    known = [statistics.variance(part) for part in (a, b) if len(part) > 1]
+    if not known:
         return None
-    squares = sum((len(part) - 1) * statistics.variance(part) for part in (a, b) if len(part) > 1)
-    return t975(freedom) * math.sqrt(squares / freedom * (1 / len(a) + 1 / len(b)))
+    if len(known) == 1:
+        return t975(max(len(a), len(b)) - 1) * math.sqrt(known[0] * (1 / len(a) + 1 / len(b)))
+    of_means = [variance / len(part) for variance, part in zip(known, (a, b), strict=True)]
+    total = sum(of_means)
+    if not total:
+        return 0.0
+    shares = sum((of_mean / total) ** 2 / (len(part) - 1) for of_mean, part in zip(of_means, (a, b), strict=True))
+    return t975(math.floor(1 / shares + 1e-9)) * math.sqrt(total)
 
 
 def proportions_margin(a: tuple[float, int], b: tuple[float, int]) -> float:

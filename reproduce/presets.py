@@ -177,8 +177,10 @@ def small(runs: Path) -> Preset:
 
 
 def make_small_files(preset: Preset, needed: set[str]) -> None:
-    """3,200 rows of Alpaca and GSM8K, half each, without noise and with 30 %; 100 others of each, and 30 of LIMA, are
-    held out. The curve of a run is of 40 of each of the first two."""
+    """3,200 rows, half each of Alpaca and GSM8K, without noise and with 30 %.
+
+    Held out are 100 others of each, and 30 of LIMA. A run's curve uses 40 of each of the first two.
+    """
     alpaca, gsm8k = read_alpaca(Path("data/alpaca.json")), read_gsm8k(Path("data/gsm8k/train.jsonl"))
     for name, noise in zip(SMALL, (0.0, 0.3), strict=True):
         write_json(preset.data[name], mixed_rows(alpaca, gsm8k, 3200, noise, seed=0))

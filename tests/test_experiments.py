@@ -114,11 +114,12 @@ def test_the_real_rows_are_half_of_each_file_with_the_same_noise_and_none_of_the
 def test_only_the_untuned_model_and_full_data_are_scored_on_the_tests_of_the_ends():
     preset = presets.small(Path("runs"))
     scored = {
-        label: set(runs.tests_of(preset, runs.run_of(preset, "SmolLM2-135M", SMALL[0], flags, 0)))
-        for _, label, flags in rows(EXPERIMENTS[SMALL[0]])
+        (section, label): set(runs.tests_of(preset, runs.run_of(preset, "SmolLM2-135M", SMALL[0], flags, 0)))
+        for section, label, flags in rows(EXPERIMENTS[SMALL[0]])
     }
-    ends = {"Zero-Shot", "Full Dataset"}
-    assert scored == {label: set(preset.ends) if label in ends else set() for label in scored} and ends < scored.keys()
+    ends = {("", "Zero-Shot"), ("", "Full Dataset")}
+    assert ends < scored.keys()
+    assert scored == {name: set(preset.ends) if name in ends else set() for name in scored}
 
 
 def test_a_broken_row_is_named(tmp_path):
@@ -475,7 +476,9 @@ def test_margins_of_hand_computed_values():
     assert noise.mean_margin([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
     assert noise.mean_margin([1.0]) is None
     assert noise.difference_margin([1.0, 2.0, 3.0], [5.0]) == pytest.approx(4.303 * math.sqrt(1 + 1 / 3))
-    assert noise.difference_margin([1.0, 2.0, 3.0], [4.0, 4.0, 4.0]) == pytest.approx(2.776 * math.sqrt(0.5 * 2 / 3))
+    assert noise.difference_margin([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]) == pytest.approx(2.776 * math.sqrt(2 / 3))
+    assert noise.difference_margin([1.0, 2.0, 3.0], [4.0, 4.0, 4.0]) == pytest.approx(4.303 * math.sqrt(1 / 3))
+    assert noise.difference_margin([4.0, 4.0], [5.0, 5.0, 5.0]) == 0
     assert noise.difference_margin([1.0], [2.0]) is None
     assert noise.proportions_margin((50.0, 100), (50.0, 100)) == pytest.approx(1.96 * math.sqrt(50))
 

@@ -109,9 +109,11 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     ours, random = (METHODS[name]("25x100") for name in ("as printed", "random"))
     runs = [made(flags, 0, held=held) for flags, held in ((ours, 0.9), (random, 1.0), (FULL_DATA, 0.95))]
     found = results(tmp_path, runs)
-    for name, (_, axis_name) in front.PAID.items():
+    for name in front.PAID:
         front.draw_front(found, tmp_path / f"{name}.svg")
-        assert all(text in (tmp_path / f"{name}.svg").read_text() for text in ("Q1 barred", axis_name))
+    drawn = {name: (tmp_path / f"{name}.svg").read_text() for name in front.PAID}
+    assert all(">25<" in drawn[name] and front.PAID[name][1] in drawn[name] for name in drawn)  # a point's budget
+    assert "LESS" in drawn["front_tokens"] and "LESS" not in drawn["front"]  # whose seconds are not all counted
     assert not front.draw_noise(found, tmp_path / "none.svg")  # one share of noise compares nothing
     pairs = ((ours, 0.9), (random, 1.0), (FULL_DATA, 0.95))
     noisy = [made(flags, 0, held=held, data="noise-all-0.6") for flags, held in pairs]
