@@ -421,6 +421,7 @@ def test_a_log_of_another_prune_batch_is_refused(checkpoint, rows, tmp_path):
 def made_up(seed, gsm8k):
     held = {"rows_nll": [1.0, 0.5 + seed / 100]}
     scores = {
+        "flags": [],
         "scores": {"arc": 50.0 + seed, "gsm8k": gsm8k + seed},
         "n": {"arc": 300, "gsm8k": 300},
         "held": held,
