@@ -83,7 +83,7 @@ class Results:
         return self.runs.get((run.model, run.data, run.flags), [])
 
     def complete(self) -> list[str]:
-        """The experiments of which every run is there, for one seed at least; without those beyond the paper."""
+        """The names of the paper's experiments that have all of their runs, for at least one seed."""
         return [
             name
             for name in self.preset.experiments
@@ -317,14 +317,14 @@ are as printed; [`paper.json`](paper.json) lists its misprints.
 TINY = """## The embedded default
 
 Two epochs of the embedded default (5,120 rows, 64 steps of 160, a model of a million parameters) on a CPU, one thread a
-run: `python -m reproduce spread front --seeds 5`, `rates --seeds 1`, `best parts`, `noise-all-0 noise-all-0.6 --seeds
-1`. World and base were frozen at commit b712f5e. Before that, six bases were dropped. On the first, tuning moved no
-score (4 runs), on the second no loss (81 runs, with those that compared methods). Two were never tuned, since their
-rows were less like real ones. One lost in tuning what it knew (7 runs). On one the corrected score spread too widely
-(26 runs). 15 of these are of `front`, which was stopped; their scores were not looked at. On the present base 12 runs
-had rows with fewer descriptions, whose token PPL was too low; two of these were stopped. On the present world six runs
-at 2e-4 were made before it was frozen: one of full data, and five of random x random. The rate was chosen by the spread
-of random x random over seeds, which is one of test scores.
+run: `python -m reproduce spread front --seeds 5`, `rates --seeds 1`, `best parts`, and with one seed `noise-all-0` and
+`noise-all-0.6`. World and base were frozen at commit b712f5e. Before that, six bases were dropped. On the first, tuning
+moved no score (4 runs), on the second no loss (81 runs, with those that compared methods). Two were never tuned, since
+their rows were less like real ones. One lost in tuning what it knew (7 runs). On one the corrected score spread too
+widely (26 runs). 15 of these are of `front`, which was stopped; their scores were not looked at. On the present base 12
+runs had rows with fewer descriptions, whose token PPL was too low; two of these were stopped. On the present world six
+runs at 2e-4 were made before it was frozen: one of full data, and five of random x random. The rate was chosen by the
+spread of random x random over seeds, which is one of test scores.
 """
 RESEMBLANCE = """### Does it resemble real rows?
 
@@ -336,9 +336,9 @@ SPREAD = """### Noise between seeds
 RATES = """### Learning rates
 
 Loss on the validation rows after training with seed 0; the lowest of a line is bold. The other tables are made at 2e-4.
-The second table has these methods at their best rates of the first, seed 0 included (`python -m reproduce best`). Two
-lines are lowest at the lowest rate, so a lower one may suit them. At 2e-3 full data has the lowest loss of all. It
-loses 20 points of what the base knew, and half of the samples lose 18 to 23.
+The second table has each of these methods at its best rate in the first (`python -m reproduce best`). It includes
+seed 0, which chose the rate. Two lines are lowest at the lowest rate, so a lower one may suit them. At 2e-3 full data
+has the lowest loss of all. It loses 20 points of what the base knew; the methods at half of the samples lose 18 to 23.
 """
 FRONT = """### What pruning pays
 

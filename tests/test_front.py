@@ -60,7 +60,7 @@ def test_the_rate_with_the_lowest_validation_loss_of_seed_0_is_chosen(tmp_path):
 
 
 def test_the_best_rates_are_those_of_the_committed_runs():
-    assert front.best_rates(report.Results.read("tiny")).items() == BEST_RATES.items()
+    assert front.best_rates(report.Results.read("tiny")) == BEST_RATES
 
 
 def test_each_method_is_shown_at_its_own_best_rate(tmp_path):
