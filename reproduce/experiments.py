@@ -358,10 +358,7 @@ EXPERIMENTS = {
     "best": Experiment("Every method at its own best rate", (EMBEDDED,), WIZARD, at_best_rates()),
     "front": Experiment("What pruning pays", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"))),
     "parts": Experiment("What each part contributes", (EMBEDDED,), WIZARD, {"25x50": PARTS}),
-    **{
-        name: Experiment(f"Rows of {name}", (EMBEDDED,), name, at_budgets(WHOLE[:2], methods=COMPARED))
-        for name in NOISY
-    },
+    **{name: Experiment(f"Rows of {name}", (EMBEDDED,), name, at_budgets(WHOLE, methods=COMPARED)) for name in NOISY},
     "pairings": Experiment(
         "Every sample pruner with every token pruner",
         ("LLaMA2-7B",),

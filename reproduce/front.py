@@ -19,7 +19,8 @@ from reproduce.experiments import (
     FULL_DATA,
     HIGHER,
     METHODS,
-    NOISY,
+    NOISE_KINDS,
+    NOISE_SHARES,
     PARTS,
     SIDE_FILES,
     WHOLE,
@@ -33,7 +34,11 @@ from reproduce.tables import markdown
 TASKS = (*GROUPS, "held")
 BUDGETS = (*WHOLE, "12.5x50")
 FULL, UNTUNED = "full data", "before tuning"
-SHARES = {"noise-all-0": 0, "noise-all-0.15": 15, "WizardLM": 30, "noise-all-0.45": 45, "noise-all-0.6": 60}
+SOME = "noise-all-0.3"  # the noise of the embedded rows themselves, whose runs are those of `front`
+NOISES = {  # panel -> label -> rows; every kind in growing shares, then each kind alone
+    "every kind": {f"{float(share):.0%}".replace("%", " %"): f"noise-all-{share}" for share in NOISE_SHARES},
+    "30 % of one kind": {kind: f"noise-{kind}-0.3" for kind in NOISE_KINDS},
+}
 
 
 def variants() -> dict[tuple[str, str], Flags]:
@@ -180,24 +185,28 @@ def answers(results: report.Results) -> str:
     return markdown(lines) if len(lines) > 1 else ""
 
 
+def noisy_runs(results: report.Results, name: str, flags: Flags) -> list[dict]:
+    return runs_of(results, flags, "front" if name == SOME else name)
+
+
 def noise_table(results: report.Results) -> str:
     """Markdown: held-out loss by the share and the kind of the noise among the rows, at each budget of whole answers.
 
     Empty without runs on rows other than the embedded ones. The lowest loss of a line is bold.
     """
-    lines = [["noise among the rows", "budget", FULL, *COMPARED]]
-    for name in ("WizardLM", *NOISY):
-        experiment = "front" if name == "WizardLM" else name
-        _, kinds, share = ("noise-all-0.3" if name == "WizardLM" else name).split("-")
-        for budget in WHOLE[:2]:
+    lines = [["noise among the rows", "budget", "seeds", FULL, *COMPARED]]
+    for name in (name for named in NOISES.values() for name in named.values()):
+        _, kinds, share = name.split("-")
+        rows = f"{float(share):.0%}, {kinds}".replace("%", " %").replace("all", "every kind")
+        for budget in WHOLE:
             compared = [FULL_DATA, *(METHODS[method](budget) for method in COMPARED)]
-            found = [runs_of(results, flags, experiment) for flags in compared]
+            found = [noisy_runs(results, name, flags) for flags in compared]
             if all(found):
-                losses = [statistics.mean(report.values(runs, "held")) for runs in found]
-                shown = [f"**{loss:.3f}**" if loss == min(losses) else f"{loss:.3f}" for loss in losses]
-                lines.append(
-                    [f"{float(share):.0%}, {kinds}".replace("%", " %"), budget.partition("x")[0] + " %", *shown]
-                )
+                means = [statistics.mean(report.values(runs, "held")) for runs in found]
+                shown = [report.with_margin(runs, "held") for runs in found]
+                best = means.index(min(means))
+                shown[best] = f"**{shown[best]}**"
+                lines.append([rows, f"{budget.partition('x')[0]} %", str(min(map(len, found))), *shown])
     return markdown(lines) if len({line[0] for line in lines}) > 2 else ""
 
 
@@ -274,46 +283,51 @@ def draw_front(results: report.Results, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
+def noise_gains(results: report.Results, method: str, over: str) -> dict[tuple[str, str], float]:
+    """(rows, budget) -> a method's gain in held-out loss over full data or random, where both have run."""
+    gains = {}
+    for name in (name for named in NOISES.values() for name in named.values()):
+        for budget in WHOLE:
+            flags = METHODS[method](budget), FULL_DATA if over == FULL else METHODS[over](budget)
+            pair = [noisy_runs(results, name, flag) for flag in flags]
+            if all(pair):
+                gains[name, budget] = report.gain(*pair, "held").mean
+    return gains
+
+
 def draw_noise(results: report.Results, path: Path) -> bool:
-    """Share of noise against budget, coloured by the gain in held-out loss over full data and over random.
+    """Noise among the rows against budget, coloured by the gain in held-out loss over full data and over random.
 
     Returns:
-        whether there were runs of two shares or more to draw.
+        whether there were runs of two sets of rows or more to draw.
     """
     import matplotlib
 
-    methods, budgets = COMPARED[1:], WHOLE[:2]
-    grids = {}
-    for over in (FULL, "random"):
-        for method in methods:
-            grid = []
-            for budget in budgets:
-                line = []
-                for name in SHARES:
-                    experiment = "front" if name == "WizardLM" else name
-                    base = FULL_DATA if over == FULL else METHODS["random"](budget)
-                    pair = [runs_of(results, flags, experiment) for flags in (METHODS[method](budget), base)]
-                    line.append(report.gain(*pair, "held").mean if all(pair) else float("nan"))
-                grid.append(line)
-            grids[over, method] = grid
-    known = [abs(x) for grid in grids.values() for line in grid for x in line if x == x]
-    shares = {x for grid in grids.values() for line in grid for x, value in enumerate(line) if value == value}
-    if len(shares) < 2:  # a single share of noise compares nothing
+    every = {(method, over): noise_gains(results, method, over) for method in COMPARED[1:] for over in (FULL, "random")}
+    if len({name for gains in every.values() for name, _ in gains}) < 2:
         return False
+    widest = max(abs(gain) for gains in every.values() for gain in gains.values())
     with matplotlib.rc_context(figures.STYLE):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(figures.WIDTH, 3.6), layout="constrained")
-        for axis, ((over, method), grid) in zip(figure.subplots(2, 2).flatten(), grids.items(), strict=True):
-            image = axis.imshow(grid, cmap="RdBu", vmin=-max(known), vmax=max(known), aspect="auto")
-            axis.set_xticks(range(len(SHARES)), [f"{share} %" for share in SHARES.values()])
-            axis.set_yticks(range(len(budgets)), [f"{budget.partition('x')[0]} %" for budget in budgets])
-            axis.set_title(f"{method}, over {over}")
-            for y, line in enumerate(grid):
-                for x, value in enumerate(line):
-                    if value == value:
-                        axis.text(x, y, f"{value:+.3f}", ha="center", va="center", fontsize=8)
-        figure.colorbar(image, ax=figure.axes, label="gain in held-out loss, nats")
-        figure.suptitle("Share of noise (across) and of samples kept (down)", x=0.01, ha="left", fontsize=10)
+        figure = Figure(figsize=(figures.WIDTH, 6.4), layout="constrained")
+        panels = figure.subplots(len(every), len(NOISES), sharey=True)
+        for axes, ((method, over), gains) in zip(panels, every.items(), strict=True):
+            for axis, (kind, named) in zip(axes, NOISES.items(), strict=True):
+                grid = [[gains.get((name, budget), float("nan")) for name in named.values()] for budget in WHOLE]
+                image = axis.imshow(grid, cmap="RdBu", vmin=-widest, vmax=widest, aspect="auto")
+                axis.set_xticks(range(len(named)), list(named))
+                axis.set_yticks(range(len(WHOLE)), [f"{budget.partition('x')[0]} %" for budget in WHOLE])
+                axis.set_title(f"{method}, over {over}: {kind}")
+                for x, name in enumerate(named.values()):
+                    for y, budget in enumerate(WHOLE):
+                        if (name, budget) in gains:
+                            gain = gains[name, budget]
+                            colour = "white" if abs(gain) > widest / 2 else "black"
+                            axis.text(x, y, f"{gain:+.3f}", ha="center", va="center", fontsize=8, color=colour)
+        figure.colorbar(image, ax=panels, label="gain in held-out loss, nats", shrink=0.5)
+        figure.suptitle(
+            "Noise among the rows (across), share of the samples kept (down)", x=0.01, ha="left", fontsize=10
+        )
         figure.savefig(path, metadata={"Date": None})
     return True

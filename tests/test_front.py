@@ -145,6 +145,6 @@ def test_losses_by_noise_are_compared_within_the_same_rows(tmp_path):
     noisy.append(made(FULL_DATA, 0, held=1.5, data="noise-wrong-0.3"))
     assert front.noise_table(results(tmp_path, plain)) == ""  # one kind of rows compares nothing
     table = front.noise_table(results(tmp_path, plain + noisy))
-    assert "| 30 %, all | 25 % | 0.950 | 1.000 | 0.900 | **0.800** |" in table
-    assert "| 30 %, wrong | 25 % | **1.500** | 2.000 | 2.000 | 2.000 |" in table
+    assert "| 30 %, every kind | 25 % | 1 | 0.950 | 1.000 | 0.900 | **0.800** |" in table
+    assert "| 30 %, wrong | 25 % | 1 | **1.500** | 2.000 | 2.000 | 2.000 |" in table
     assert table.count("\n|") == 3
