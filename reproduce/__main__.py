@@ -189,7 +189,8 @@ def run(preset: Preset, names: list[str], args: argparse.Namespace, root: Path, 
             efficiency.main(argv)
     names = [name for name in names if name != "table6"]
     every = plan(preset, names, args.seeds)
-    made = {run.get("key") for run in read_json(out)["runs"]} if out.exists() else set()
+    known = report.Results.read(preset.name, out)  # refuses runs of other settings before it makes any
+    made = {run["key"] for runs in known.runs.values() for run in runs} if known else set()
     # A logged run is made where its folder is: the result file does not hold its log.
     logged = {run for run in every if run.flags and "--log-selection" in run.flags}
     done = {path.parent.name for path in root.glob("*/summary.json")}

@@ -16,11 +16,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.common import errors_in_one_line
 from eval.statistics import wilson_interval
 from reproduce import cases, efficiency, figures, front, noise, paper, plants, resemblance
 from reproduce.experiments import BEYOND, EXPERIMENTS, SMALL, Experiment, Flags, qtuning, row, rows
 from reproduce.presets import PRESETS, Preset
-from reproduce.runs import run_of
+from reproduce.runs import Run, key, run_of
 from reproduce.tables import markdown
 from training.files import read_json, write_text
 
@@ -67,15 +68,26 @@ class Results:
 
     @staticmethod
     def read(name: str, path: Path | None = None) -> Results | None:
-        """The results of a preset, by default from its committed file; None if there is no file."""
+        """The results of a preset, by default from its committed file; None if there is no file.
+
+        Raises:
+            ValueError: a run was made with other settings than the preset's.
+        """
         path = path or RESULTS / f"{name}.json"
         if not path.exists():
             return None
-        runs: dict[tuple, list[dict]] = {}
+        preset, runs = PRESETS[name](Path("runs") / name), {}
         for run in sorted(read_json(path)["runs"], key=lambda run: run["seed"]):
             flags = None if run["flags"] is None else tuple(shlex.split(run["flags"]))
+            expected = key(preset, Run(run["model"], run["data"], flags, run["seed"]))
+            if run["key"] != expected:
+                what = f"{run['model']}, {run['data']}, {run['flags'] or 'untuned'}, seed {run['seed']}"
+                raise ValueError(
+                    f"{path}: the run {run['key']} ({what}) was made with other settings than those of the preset "
+                    f"{name}, which would name it {expected}; move the file away"
+                )
             runs.setdefault((run["model"], run["data"], flags), []).append(run)
-        return Results(PRESETS[name](Path("runs") / name), runs)
+        return Results(preset, runs)
 
     def of(self, experiment: Experiment, model: str, flags: Flags | None) -> list[dict]:
         """The runs of a row of an experiment."""
@@ -300,6 +312,18 @@ def grid(results: Results, task: str) -> str:
     return markdown(lines)
 
 
+def grid_ends(results: Results) -> str:
+    """Markdown: the scores beside which `grid` is read: the untuned model, full data and Q-Tuning."""
+    experiment = EXPERIMENTS["pairings"]
+    tasks = results.tasks(experiment)
+    named = experiment.sections[""] | {"Q-Tuning, 12.5x50": experiment.sections["12.5x50"]["Q-Tuning"]}
+    lines = [["", *(results.name(task) for task in tasks)]]
+    for name, flags in named.items():
+        runs = results.of(experiment, experiment.models[0], flags)
+        lines.append([name, *(with_margin(runs, task) for task in tasks)])
+    return markdown(lines)
+
+
 # ------------------------------------------------------------------------------------------------ page
 
 HEAD = """# Results
@@ -359,21 +383,19 @@ Q-Tuning at 25 % of the samples and 50 % of the tokens of trimmed ones. A prune 
 """
 NOISE = """### When does pruning win?
 
-Gain in held-out loss over full data and over random pruning, by the share of noise among the rows, and the losses
-themselves. One seed but for 30 %, so that differences of a hundredth may be noise. `python -m reproduce noise-all-0.6`
-and so on. 15 %, 45 % and single kinds of noise have not been run.
+Gain in held-out loss over full data and over random pruning, by share and kind of the noise among the rows, and the
+losses themselves (`python -m reproduce noise-all-0.6`, `noise-garbled-0.3` and so on). *Every kind* has as many rows of
+each. `data/tiny/make.py` explains the kinds. One seed but for 30 % of every kind, so differences of a hundredth may be
+noise.
+
+With Q1 barred, pruning gains where the noise looks unlike the language: most with garbled rows, less with gibberish.
+It gains nothing over random pruning with wrong, swapped or truncated rows, and nothing without noise.
 """
 PRESENT = """## The paper's tables
 
 The tables and figures of the paper, made with the embedded default. It replaces all of the paper's models, its word
 problems replace MathInstruct, and its forms of ARC and GSM8K are shown beside ARC-E and GSM8K. Rows that other tables
 share have up to five seeds, the others have seed 0 alone.
-"""
-FIRST = """## The first embedded world
-
-These tables have not been made on the present default yet. They are of the one of commit 285da26: 4,000 rows, answers
-of 21 tokens on average, steps of 32 rows, one epoch. A step at 12.5x50 trains on 45 answer tokens, so that scores
-spread widely over seeds.
 """
 SELECTED = """## What is selected
 
@@ -404,7 +426,7 @@ its first world).
 """
 
 
-def page(tiny: Results | None, first: Results | None, small: Results | None, folder: Path) -> str:
+def page(tiny: Results | None, small: Results | None, folder: Path) -> str:
     """The page; `folder` holds figures/, cases/ and resemblance.json."""
     parts = [HEAD]
     if tiny:
@@ -413,16 +435,7 @@ def page(tiny: Results | None, first: Results | None, small: Results | None, fol
         if "real" in columns:
             parts += [RESEMBLANCE.rstrip(), resemblance.table(columns)]
         parts += front_parts(tiny, folder / "figures")
-    present = tiny.complete() if tiny else []
-    for results, text, names in ((tiny, PRESENT, present), (first, FIRST, set(EXPERIMENTS) - {*present, *BEYOND})):
-        if results and names:
-            parts += [text.rstrip()]
-            if "choices" in names:
-                parts += ["### What gains, and what does not", answers(results)]
-                parts += ["### Sources of the kept samples", sources(results)]
-            for name in results.preset.experiments:
-                if name in names and name != "cases":  # which has a section of its own
-                    parts += experiment_part(results, name, folder / "figures" / f"{name}.svg")
+        parts += paper_parts(tiny, folder / "figures")
     if (folder / "cases").exists():
         quadrants = (folder / "cases" / "quadrants.md").read_text(encoding="utf-8").strip()
         parts += [SELECTED, *selected_part(folder / "cases"), PRUNED, quadrants]
@@ -457,6 +470,20 @@ def front_parts(tiny: Results, figures_folder: Path) -> list[str]:
             parts += [text.rstrip(), *(table for table in tables if table)]
     if (figures_folder / "noise.svg").exists():
         parts += [NOISE.rstrip(), "![Gain by share of noise](results/figures/noise.svg)", front.noise_table(tiny)]
+    return parts
+
+
+def paper_parts(tiny: Results, figures_folder: Path) -> list[str]:
+    """The sections of the paper's experiments that have all of their runs, and the names of the others."""
+    present = [name for name in tiny.complete() if name != "cases"]  # which has a section of its own
+    missing = [name for name in tiny.preset.experiments if name not in (*present, "cases", *BEYOND)]
+    parts = [PRESENT.rstrip()] if present else []
+    if "choices" in present:
+        parts += ["### What gains, and what does not", answers(tiny), "### Sources of the kept samples", sources(tiny)]
+    for name in present:
+        parts += experiment_part(tiny, name, figures_folder / f"{name}.svg")
+    if present and missing:
+        parts += [f"Not made: {', '.join(missing)} (`python -m reproduce NAME`)."]
     return parts
 
 
@@ -507,14 +534,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="reproduce.report", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=PAGE, help="page to write; figures go into results/figures")
     args = parser.parse_args(argv)
-    tiny, small = Results.read("tiny"), Results.read("small")
-    first = Results.read("tiny", RESULTS / "tiny_first.json")
+    with errors_in_one_line(parser.prog):
+        tiny, small = Results.read("tiny"), Results.read("small")
     if tiny is None and small is None:
         parser.error(f"{RESULTS}: expected tiny.json or small.json, got neither; `python -m reproduce` makes them")
     (RESULTS / "figures").mkdir(exist_ok=True)
     try:
-        if first:
-            figures.draw(first, RESULTS / "figures")
         if tiny:
             figures.draw(tiny, RESULTS / "figures", tiny.complete())
             for name in front.PAID:
@@ -524,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
             plants.draw(read_json(RESULTS / "plants.json"), RESULTS / "figures")
     except ImportError:
         print("reproduce.report: matplotlib (the plot extra) is not installed; figures stay", file=sys.stderr)
-    write_text(args.out, page(tiny, first, small, RESULTS))
+    write_text(args.out, page(tiny, small, RESULTS))
     print(args.out)
 
 

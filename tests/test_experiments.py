@@ -385,11 +385,29 @@ def test_a_killed_worker_ends_in_one_line(made, tmp_path, capsys, monkeypatch):
 # ---------------------------------------------------------------------------------------- command line
 
 
+def named(preset, run):
+    flags = None if run.flags is None else shlex.join(run.flags)
+    return {**dataclasses.asdict(run), "flags": flags, "key": runs.key(preset, run)}
+
+
+def test_runs_of_other_settings_are_refused_before_any_is_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "run_all", lambda *args: pytest.fail("ran"))
+    tiny, file = presets.tiny(tmp_path / "tiny"), tmp_path / "tiny.json"
+    other = dataclasses.replace(tiny, settings=(*tiny.settings, "--epochs", "3"))
+    run = runs.runs_of(tiny, EXPERIMENTS["spread"], 1)[0]
+    file.write_text(json.dumps({"runs": [named(other, run)]}))
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["spread", "--runs", str(tmp_path), "--out", str(file)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert str(file) in said and runs.key(other, run) in said and runs.key(tiny, run) in said and "seed 0" in said
+
+
 def test_a_run_that_the_result_file_holds_is_not_made_again_unless_its_log_is_needed(tmp_path, capsys):
     tiny = presets.tiny(tmp_path / "tiny")
     known = [run for name in ("spread", "cases") for run in runs.runs_of(tiny, EXPERIMENTS[name], 1)]
     file = tmp_path / "tiny.json"
-    file.write_text(json.dumps({"runs": [{"key": runs.key(tiny, run)} for run in known]}))
+    file.write_text(json.dumps({"runs": [named(tiny, run) for run in known]}))
     given = ["--runs", str(tmp_path), "--out", str(file), "--dry-run"]
     for name, seeds, count in (("spread", 1, 0), ("spread", 2, 1), ("cases", 1, 1)):
         command_line.main([name, "--seeds", str(seeds), *given])
@@ -517,7 +535,11 @@ def results(tmp_path, monkeypatch):
     found = [result(None, 0, 31.0)]
     found += [result(random, seed, score, 0.30) for seed, score in enumerate((40.0, 41.0, 42.0))]
     found += [result(ours, seed, score, 0.25) for seed, score in enumerate((45.0, 46.0, 47.0))]
-    (tmp_path / "tiny.json").write_text(json.dumps({"preset": "tiny", "runs": found}))
+    tiny = presets.tiny(tmp_path)
+    for run in found:
+        flags = run["flags"] and tuple(shlex.split(run["flags"]))
+        run["key"] = runs.key(tiny, runs.Run(run["model"], run["data"], flags, run["seed"]))
+    (tmp_path / "tiny.json").write_text(json.dumps({"runs": found}))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     return report.Results.read("tiny")
 
@@ -559,8 +581,11 @@ def test_the_page_holds_what_there_is_and_nothing_else(results, tmp_path, monkey
     (tmp_path / "figures" / "figure5.svg").touch()
     monkeypatch.setattr(report.efficiency, "table", lambda found: "EFFICIENCY")
     monkeypatch.setattr(report, "read_json", lambda path: {})
-    page = report.page(None, results, None, tmp_path)
+    monkeypatch.setattr(report, "front_parts", lambda *args: [])
+    monkeypatch.setattr(report.Results, "complete", lambda self: ["table1", "figure5"])
+    page = report.page(results, None, tmp_path)
     assert "### Table 1: " in page
+    assert "Not made: table2, table3, " in page
     assert "### Figure 5: Batch size and lambda (and Figure 9)" in page
     assert "(results/figures/figure5.svg)" in page
     assert "### Table 5: " not in page

@@ -15,7 +15,7 @@ from reproduce import figures, noise, report
 from reproduce.experiments import EXPERIMENTS, qtuning, row
 from reproduce.figures import OURS
 from reproduce.presets import PRESETS
-from reproduce.runs import HELDOUT, runs_of
+from reproduce.runs import HELDOUT, key, runs_of
 
 pytest.importorskip("matplotlib", reason="pip install matplotlib (the plot extra)")
 
@@ -29,9 +29,9 @@ def plan(*names, seeds=3):
     found = []
     for number, run in enumerate(every):
         steps = [0] if run.flags is None else [25, 50, 60]
-        held = {key: [1 + number / 1000 + step / 100 + place for step in steps] for place, key in enumerate(HELDOUT)}
+        held = {name: [1 + number / 1000 + step / 100 + place for step in steps] for place, name in enumerate(HELDOUT)}
         scores = {task: 40 + number / 10 + run.seed**2 + place for place, task in enumerate(("arc", "gsm8k"))}
-        named = {"model": run.model, "data": run.data, "flags": run.flags, "seed": run.seed}
+        named = {"model": run.model, "data": run.data, "flags": run.flags, "seed": run.seed, "key": key(TINY, run)}
         found.append(json.loads(json.dumps({**named, "scores": scores, "held": {"step": steps, **held}})))
     return found
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reproduce import front, report
 from reproduce.experiments import BEST_RATES, EXPERIMENTS, FULL_DATA, HIGHER, METHODS, PARTS, WIZARD, at_rate
 from reproduce.presets import PRESETS
-from reproduce.runs import run_of, runs_of
+from reproduce.runs import key, run_of, runs_of
 
 TINY = PRESETS["tiny"](Path("runs/tiny"))
 points = st.lists(st.tuples(st.integers(0, 20), st.integers(-20, 20)), max_size=12)
@@ -35,6 +35,7 @@ def made(flags, seed, valid=1.0, learned=50.0, held=1.0, seconds=10.0, data=WIZA
         "data": run.data,
         "flags": None if flags is None else shlex.join(run.flags),
         "seed": run.seed,
+        "key": key(TINY, run),
         "scores": scores,
         "n": dict.fromkeys(scores, 500),
         "held": {"rows_nll": [held]},

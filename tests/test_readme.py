@@ -306,10 +306,12 @@ def result(name: str) -> dict:
 
 
 def tables_of_results() -> dict[str, str]:
-    first = report.Results.read("tiny", RESULTS / "tiny_first.json")
+    tiny = report.Results.read("tiny")
     return {
         "quickstart": quickstart.report(result("quickstart")),
-        "grid": report.grid(first, "gsm8k"),
+        "grid_ends": report.grid_ends(tiny),
+        "grid_loss": report.grid(tiny, "held"),
+        "grid": report.grid(tiny, "gsm8k"),
         "scores": report.scores_table(result("smollm2_scores")),
         "smollm2": selection.table([result("smollm2_gsm8k"), result("smollm2_alpaca")]),
         "efficiency_smollm2": efficiency.shares(result("efficiency_smollm2")),
