@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qtuning
+import train
 from data.sft import Sample, collate
 from model import Transformer
 from pruners import SAMPLE_PRUNERS, TOKEN_PRUNERS, SamplePruner, TokenPruner, qtuning_samples
@@ -214,7 +215,7 @@ def entropy_of_all_tokens(model, samples: Sequence[Sample], pass_tokens: int, au
 class MeanOfMeans(TokenLoss):
     """C16: the mean over rows of the mean over a row's kept tokens, or of their sum over all tokens of the row.
 
-    That is the mean over micro-batches if a step is one pass and keeps one sample of each, as in the embedded default.
+    That is the mean over micro-batches if a step is one pass (ONE_PASS) and keeps one sample of each.
     """
 
     def __init__(self, model: Transformer, checkpointing: bool = False, *, over_answer: bool):
@@ -280,7 +281,8 @@ class Variant:
         return (*self.flags, *(word for flag, pruner in named if pruner for word in (flag, self.slug)))
 
 
-STEP = ("--prune-batch", "32")  # a step of the embedded default
+STEP = ("--prune-batch", str(train.TINY["grad_accum"] * train.Config.micro_batch))  # of the embedded default
+ONE_PASS = ("--pass-tokens", str(2**17))  # more than a step's kept rows
 budget = BatchBudget()
 BUDGETED = {
     "samples": SamplePruner(("ppl", "ent", row_lengths), choose=budget.choose),
@@ -305,7 +307,7 @@ VARIANTS = (
     Variant("C5", "other edges", "high is >=, low is <", samples=samples(assign=other_edges)),
     Variant("C6", "rounded", "max(1, round(r B)) samples are kept", samples=samples(rounded), trains=False),
     Variant("C7", "Q1, Q3", "only Q1 and Q3 may fill up", samples=samples(fill_from=(1, 3))),
-    Variant("C8", "step", "min-max over the step's 32 samples", STEP, samples=OVER_STEP),
+    Variant("C8", "step", "min-max over the step's samples", STEP, samples=OVER_STEP),
     Variant("C9", "all whole", "every filled-in sample stays whole", samples=samples(trim_filled=False)),
     Variant("C9", "all trimmed", "every filled-in sample is trimmed", samples=samples(trim_filled=True)),
     Variant("C10", "reversed", "the tokens of the highest scores stay", ("--reverse",)),
@@ -316,8 +318,8 @@ VARIANTS = (
     Variant("C14", "16", "the prune batch is 16", ("--prune-batch", "16")),
     Variant("C14", "32", "the prune batch is 32", ("--prune-batch", "32")),
     Variant("C15", "all tokens", "Ent is the mean over prompt and answer", samples=ALL_TOKENS),
-    Variant("C16", "answer", "mean over micro-batches of the mean over kept tokens", make_loss=OVER_ANSWER),
-    Variant("C16", "row", "the same, divided by all tokens of the row", make_loss=OVER_ROW),
+    Variant("C16", "answer", "mean over micro-batches of the mean over kept tokens", ONE_PASS, make_loss=OVER_ANSWER),
+    Variant("C16", "row", "the same, divided by all tokens of the row", ONE_PASS, make_loss=OVER_ROW),
     Variant("C17", "EOS untrained", "the answer's EOS is no answer token", change_rows=without_eos),
 )
 NO_VARIANT = "C18"
