@@ -120,13 +120,18 @@ def run_all(preset: Preset, todo: list[Run], root: Path, jobs: int, save) -> lis
     return failed
 
 
-def gather(root: Path, out: Path) -> None:
-    """Add all finished runs to the result file, a line each; runs that it holds already stay."""
+def gather(preset: Preset, root: Path, out: Path) -> None:
+    """Add the finished runs of the preset's settings to the result file, a line each.
+
+    A run replaces its line, and runs that the file alone holds stay.
+    """
     found = read_json(out) if out.exists() else {"machines": [], "runs": []}
     runs = {identity(run): run for run in found["runs"]}
     for path in sorted(root.glob("*/summary.json")):
         run = read_json(path)
         run["flags"] = None if run["flags"] is None else shlex.join(run["flags"])
+        if run["key"] != report.key_of(preset, run):  # left by other settings
+            continue
         if "machine" in run:
             if run["machine"] not in found["machines"]:
                 found["machines"].append(run["machine"])
@@ -182,14 +187,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(preset: Preset, names: list[str], args: argparse.Namespace, root: Path, out: Path) -> list[str]:
     """Make the missing runs of these experiments and print their tables, or print the commands; returns failures."""
+    others = [name for name in names if name != "table6"]
+    known = report.Results.read(preset.name, out) if others else None  # refuses runs of other settings first
     if "table6" in names:
         module, argv = running.efficiency_command(preset, RESULTS / f"efficiency_{preset.name}.json")
         print(shlex.join(["python", "-m", module, *argv]))
         if not args.dry_run:
             efficiency.main(argv)
-    names = [name for name in names if name != "table6"]
-    every = plan(preset, names, args.seeds)
-    known = report.Results.read(preset.name, out)  # refuses runs of other settings before it makes any
+    if not others:
+        return []
+    every = plan(preset, others, args.seeds)
     made = {run["key"] for runs in known.runs.values() for run in runs} if known else set()
     # A logged run is made where its folder is: the result file does not hold its log.
     logged = {run for run in every if run.flags and "--log-selection" in run.flags}
@@ -202,13 +209,12 @@ def run(preset: Preset, names: list[str], args: argparse.Namespace, root: Path, 
     if todo:
         preset.make_files(preset, {name for run in todo for name in (run.model, run.data)})
         jobs = args.jobs or (1 if preset.devices else os.cpu_count())
-        failed = run_all(preset, todo, root, jobs, lambda: gather(root, out))
-    if names:
-        gather(root, out)
-        results = report.Results.read(preset.name, out)
-        for name in names:
-            print("\n\n".join(report.experiment_part(results, name)))
-    if "cases" in names and not failed:
+        failed = run_all(preset, todo, root, jobs, lambda: gather(preset, root, out))
+    gather(preset, root, out)
+    results = report.Results.read(preset.name, out)
+    for name in others:
+        print("\n\n".join(report.experiment_part(results, name)))
+    if "cases" in others and not failed:
         logged = running.runs_of(preset, EXPERIMENTS["cases"], 1)[0]
         cases.main([str(root / running.key(preset, logged)), "--out", str(RESULTS / "cases")])
     return failed

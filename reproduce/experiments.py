@@ -150,7 +150,7 @@ METHODS = {  # name -> flags at a budget
 }
 SIDE_FILES = ("LESS", "Rho-1")  # the best of the compared pruners; their seconds leave out what made their side files
 AT_ONE_BUDGET = {"entropy": "25x100", "Rho-1": "12.5x50"}  # compared at this budget alone; Rho-1 prunes tokens
-COMPARED = ("random", "as printed", "Q1 barred")  # where the share of noise varies
+COMPARED = ("random", "as printed", "Q1 barred")  # where the share or the kind of noise varies
 RATED = tuple(name for name in METHODS if name not in SIDE_FILES)  # at several learning rates
 RATES = (0.3, 1.0, 3.0, 10.0)  # factors of the preset's learning rate
 HIGHER = (*RATES, 30.0)  # where ten times the preset's rate was the best of RATES: full data and half of the samples

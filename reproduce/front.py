@@ -1,6 +1,6 @@
 """What pruning pays on the embedded default: noise between seeds, learning rates, score against seconds, noisy rows.
 
-Tables and pictures of the experiments `spread`, `rates`, `front` and `noise-...`, for the page of reproduce/report.py.
+Tables and pictures of the experiments `spread`, `rates`, `best`, `front`, `parts` and `noise-...`, for RESULTS.md.
 A method's seconds are the fewest that any of its runs took to train, at any rate: runs share a machine, and a
 neighbour only adds.
 """
@@ -34,9 +34,15 @@ from reproduce.tables import markdown
 TASKS = (*GROUPS, "held")
 BUDGETS = (*WHOLE, "12.5x50")
 FULL, UNTUNED = "full data", "before tuning"
+
+
+def percent(share: str) -> str:
+    return f"{100 * float(share):.0f} %"
+
+
 SOME = "noise-all-0.3"  # the noise of the embedded rows themselves, whose runs are those of `front`
 NOISES = {  # panel -> label -> rows; every kind in growing shares, then each kind alone
-    "every kind": {f"{float(share):.0%}".replace("%", " %"): f"noise-all-{share}" for share in NOISE_SHARES},
+    "every kind": {percent(share): f"noise-all-{share}" for share in NOISE_SHARES},
     "30 % of one kind": {kind: f"noise-{kind}-0.3" for kind in NOISE_KINDS},
 }
 
@@ -197,7 +203,7 @@ def noise_table(results: report.Results) -> str:
     lines = [["noise among the rows", "budget", "seeds", FULL, *COMPARED]]
     for name in (name for named in NOISES.values() for name in named.values()):
         _, kinds, share = name.split("-")
-        rows = f"{float(share):.0%}, {kinds}".replace("%", " %").replace("all", "every kind")
+        rows = f"{percent(share)}, {'every kind' if kinds == 'all' else kinds}"
         for budget in WHOLE:
             compared = [FULL_DATA, *(METHODS[method](budget) for method in COMPARED)]
             found = [noisy_runs(results, name, flags) for flags in compared]

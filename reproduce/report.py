@@ -59,6 +59,16 @@ Values = list[float]  # one for each seed
 # -------------------------------------------------------------------------------------- scores and gains
 
 
+def split_flags(run: dict) -> tuple[str, ...] | None:
+    """The flags of a run of a result file."""
+    return None if run["flags"] is None else tuple(shlex.split(run["flags"]))
+
+
+def key_of(preset: Preset, run: dict) -> str:
+    """The name that the preset's settings give to a run of a result file."""
+    return key(preset, Run(run["model"], run["data"], split_flags(run), run["seed"]))
+
+
 @dataclass(frozen=True)
 class Results:
     """The result file of a preset."""
@@ -78,15 +88,14 @@ class Results:
             return None
         preset, runs = PRESETS[name](Path("runs") / name), {}
         for run in sorted(read_json(path)["runs"], key=lambda run: run["seed"]):
-            flags = None if run["flags"] is None else tuple(shlex.split(run["flags"]))
-            expected = key(preset, Run(run["model"], run["data"], flags, run["seed"]))
+            expected = key_of(preset, run)
             if run["key"] != expected:
                 what = f"{run['model']}, {run['data']}, {run['flags'] or 'untuned'}, seed {run['seed']}"
                 raise ValueError(
                     f"{path}: the run {run['key']} ({what}) was made with other settings than those of the preset "
                     f"{name}, which would name it {expected}; move the file away"
                 )
-            runs.setdefault((run["model"], run["data"], flags), []).append(run)
+            runs.setdefault((run["model"], run["data"], split_flags(run)), []).append(run)
         return Results(preset, runs)
 
     def of(self, experiment: Experiment, model: str, flags: Flags | None) -> list[dict]:
@@ -95,7 +104,7 @@ class Results:
         return self.runs.get((run.model, run.data, run.flags), [])
 
     def complete(self) -> list[str]:
-        """The names of the paper's experiments that have all of their runs, for at least one seed."""
+        """The names of the experiments, without those of BEYOND, that have all of their runs for at least one seed."""
         return [
             name
             for name in self.preset.experiments
@@ -331,9 +340,9 @@ HEAD = """# Results
 `python -m reproduce.report` makes this page from the files in [`results/`](results).
 
 How to read a table: scores are in percent and losses in nats per token. They are means over seeds ± half the 95 %
-interval (Student's t, Welch's for a difference); for a single run the interval is over the test's items. Beside several
-seeds of another row a single run is assumed to vary as they do, which may be far from true. A *gain* is over the marked
-row (reference) of the same budget. Where a budget has one row, it is over full data. The gain of a loss is its
+interval (Student's t, Welch's for a difference); for a single run the interval is over the test's items. Where one row
+has a single run and the other several, the single run gets their spread, which may be far off. A *gain* is over the
+marked row (reference) of the same budget. Where a budget has one row, it is over full data. The gain of a loss is its
 decrease. *Difference* is our gain less the paper's. Scores themselves do not compare, since models, rows and tests
 differ. `~` marks what is within the noise, and losses of two single runs, whose noise is unknown. The paper's numbers
 are as printed; [`paper.json`](paper.json) lists its misprints.
@@ -341,14 +350,14 @@ are as printed; [`paper.json`](paper.json) lists its misprints.
 TINY = """## The embedded default
 
 Two epochs of the embedded default (5,120 rows, 64 steps of 160, a model of a million parameters) on a CPU, one thread a
-run: `python -m reproduce spread front --seeds 5`, `rates --seeds 1`, `best parts`, and with one seed `noise-all-0` and
-`noise-all-0.6`. World and base were frozen at commit b712f5e. Before that, six bases were dropped. On the first, tuning
-moved no score (4 runs), on the second no loss (81 runs, with those that compared methods). Two were never tuned, since
-their rows were less like real ones. One lost in tuning what it knew (7 runs). On one the corrected score spread too
-widely (26 runs). 15 of these are of `front`, which was stopped; their scores were not looked at. On the present base 12
-runs had rows with fewer descriptions, whose token PPL was too low; two of these were stopped. On the present world six
-runs at 2e-4 were made before it was frozen: one of full data, and five of random x random. The rate was chosen by the
-spread of random x random over seeds, which is one of test scores.
+run: `python -m reproduce spread front --seeds 5`, `best parts`, and all else with `--seeds 1`. World and base were
+frozen at commit b712f5e. Before that, six bases were dropped. On the first base tuning moved no score (4 runs), on the
+second no loss (81 runs, some of which compared methods). Two were never tuned, since their rows were less like real
+ones. One base forgot in tuning what it knew (7 runs). On one the corrected score spread too widely (26 runs). 15 of
+these are of `front`, which was stopped; their scores were not looked at. On the present base 12 runs had rows with
+fewer descriptions, whose token PPL was too low; two of these were stopped. On the present world six runs at 2e-4 were
+made before it was frozen: one of full data, and five of random x random. The rate was chosen by how much the test
+scores of random x random spread over seeds.
 """
 RESEMBLANCE = """### Does it resemble real rows?
 
@@ -367,15 +376,15 @@ has the lowest loss of all. It loses 20 points of what the base knew; the method
 FRONT = """### What pruning pays
 
 Scores are over 560 learned, 390 corrected and 570 retained items (two thirds likelihood, one third generated). Seconds
-are the fewest of a method's runs at any rate, on a machine that other work shared; they vary by a tenth. `Q1 barred` is
-Q-Tuning with `--backfill-quadrants 0,2,3,4`; *scored once* adds `--reuse-scores 2`, which scores a row in the first
-epoch alone.
+are the fewest of a method's runs over all learning rates, on a machine that other work shared. Most runs take up to 1.5
+times as long. `Q1 barred` is Q-Tuning with `--backfill-quadrants 0,2,3,4`; *scored once* adds `--reuse-scores 2`, which
+scores a row in the first epoch alone.
 
-LESS and Rho-1 have the lowest held-out loss of the compared sample pruners (Table 13) and token pruners (Table 14).
-They were picked by this test's loss, which favours them. LESS is given 16 rows that are known to be right; its tokens
-are random, and so are the samples of Rho-1. Their seconds leave out their side files. All seeds share one set of these,
-so the intervals leave out how the chosen rows vary. Where two methods are equal, one interval in twenty excludes 0 by
-chance.
+LESS has the lowest held-out loss of the sample pruners in Table 13. Rho-1 has a lower one than TokenCleaning in Table
+14, and none lower than random tokens. They were picked by this test's loss, which favours them. LESS is given 16 rows
+that are known to be right; its tokens are random, and so are the samples of Rho-1. Their seconds leave out their side
+files. All seeds share one set of these, so the intervals leave out how the chosen rows vary. Where two methods are
+equal, one interval in twenty excludes 0 by chance.
 """
 PARTS = """### What each part contributes
 
@@ -384,18 +393,19 @@ Q-Tuning at 25 % of the samples and 50 % of the tokens of trimmed ones. A prune 
 NOISE = """### When does pruning win?
 
 Gain in held-out loss over full data and over random pruning, by share and kind of the noise among the rows, and the
-losses themselves (`python -m reproduce noise-all-0.6`, `noise-garbled-0.3` and so on). *Every kind* has as many rows of
-each. `data/tiny/make.py` explains the kinds. One seed but for 30 % of every kind, so differences of a hundredth may be
-noise.
+losses themselves (`python -m reproduce noise-all-0.6`, `noise-garbled-0.3` and so on). *Every kind* has equal shares of
+all five kinds, which `data/tiny/make.py` explains. The lowest loss of a line is bold, also within noise. One seed but
+for 30 % of every kind, so differences of a hundredth may be noise.
 
-With Q1 barred, pruning gains where the noise looks unlike the language: most with garbled rows, less with gibberish.
-It gains nothing over random pruning with wrong, swapped or truncated rows, and nothing without noise.
+With Q1 barred, pruning beats random pruning at every budget with garbled rows and with gibberish, most with garbled
+rows. It beats full data there too, but for 12.5 % with gibberish. With wrong, swapped or truncated rows, and without
+noise, it beats neither.
 """
 PRESENT = """## The paper's tables
 
-The tables and figures of the paper, made with the embedded default. It replaces all of the paper's models, its word
-problems replace MathInstruct, and its forms of ARC and GSM8K are shown beside ARC-E and GSM8K. Rows that other tables
-share have up to five seeds, the others have seed 0 alone.
+The paper's tables and figures, and three tables of ours, made with the embedded default. It replaces all of the paper's
+models, its word problems replace MathInstruct, and its forms of ARC and GSM8K are shown beside ARC-E and GSM8K. Rows
+that other tables share have up to five seeds, the others have seed 0 alone.
 """
 SELECTED = """## What is selected
 
@@ -411,7 +421,7 @@ of 32 rows), bf16. Losses are over the answers of clean rows that no run trains 
 LIMA. ARC-Easy and SQuAD (200 questions, exact match) are scored for the untuned model and for full data.
 
 One seed of `smollm2-noise`, without Entropy and Rho-1, has been run. At 50x50 Q-Tuning trains on 1.8 times as many
-answer tokens as random does, since it trims the samples of one quadrant alone.
+answer tokens as random does, since it trims an eighth of the kept samples.
 """
 PLANTED = """## Planted noise among real rows
 

@@ -103,6 +103,13 @@ def test_a_variant_is_an_entry_a_flag_a_loss_or_a_change_of_rows(registered):
     assert {name: TOKEN_PRUNERS[name] for name in tokens} == tokens
 
 
+def test_a_step_of_the_embedded_default_is_one_prune_batch_of_the_variants_that_need_it(tmp_path):
+    for slug in ("C8-step", "C11-batch-budget"):
+        flags = [*presets.tiny(tmp_path).settings, *BY_SLUG[slug].flags]
+        config = train.parse_config(["--model", "-", "--data", "-", *flags])
+        assert config.prune_batch == config.micro_batch * config.grad_accum
+
+
 def test_nothing_is_patched():
     for module in (choices, readings):
         source = inspect.getsource(module)

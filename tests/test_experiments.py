@@ -449,19 +449,28 @@ def test_a_wrong_command_line_is_refused_with_what_was_expected(argv, said, caps
 
 
 def test_results_are_added_to_those_in_the_file(tmp_path):
-    out = tmp_path / "tiny.json"
-    for folder, seed, score in (("a", 0, 1.0), ("b", 1, 2.0), ("b", 0, 3.0)):
-        path = tmp_path / folder / str(seed) / "summary.json"
-        path.parent.mkdir(parents=True)
-        summary = {"model": "m", "data": "d", "flags": ["--x", ""], "seed": seed, "scores": {"arc": score}}
+    tiny, out = presets.tiny(tmp_path), tmp_path / "tiny.json"
+    other = dataclasses.replace(tiny, settings=(*tiny.settings, "--epochs", "3"))
+    flags = ("--token-pruner", "none")
+    for made_by, folder, seed, score in (
+        (tiny, "a", 0, 1.0),
+        (tiny, "b", 1, 2.0),
+        (tiny, "b", 0, 3.0),
+        (other, "c", 0, 4.0),
+    ):
+        run = runs.Run("embedded", WIZARD, flags, seed)
+        summary = {**dataclasses.asdict(run), "key": runs.key(made_by, run), "scores": {"arc": score}}
         summary["machine"] = {"device_name": folder}
+        path = tmp_path / folder / summary["key"] / "summary.json"
+        path.parent.mkdir(parents=True)
         path.write_text(json.dumps(summary))
-    command_line.gather(tmp_path / "a", out)
-    command_line.gather(tmp_path / "b", out)
+    for folder in "abc":
+        command_line.gather(tiny, tmp_path / folder, out)
     found = read_json(out)
     assert [(run["seed"], run["scores"]["arc"]) for run in found["runs"]] == [(0, 3.0), (1, 2.0)]
     assert [found["machines"][run["machine"]]["device_name"] for run in found["runs"]] == ["b", "b"]
-    assert shlex.split(found["runs"][0]["flags"]) == ["--x", ""]
+    assert shlex.split(found["runs"][0]["flags"]) == list(flags)
+    assert {run["seed"] for runs in report.Results.read("tiny", out).runs.values() for run in runs} == {0, 1}
 
 
 # ----------------------------------------------------------------------------------------------- noise
@@ -537,8 +546,7 @@ def results(tmp_path, monkeypatch):
     found += [result(ours, seed, score, 0.25) for seed, score in enumerate((45.0, 46.0, 47.0))]
     tiny = presets.tiny(tmp_path)
     for run in found:
-        flags = run["flags"] and tuple(shlex.split(run["flags"]))
-        run["key"] = runs.key(tiny, runs.Run(run["model"], run["data"], flags, run["seed"]))
+        run["key"] = report.key_of(tiny, run)
     (tmp_path / "tiny.json").write_text(json.dumps({"runs": found}))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     return report.Results.read("tiny")

@@ -116,10 +116,17 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert all(">25<" in drawn[name] and front.PAID[name][1] in drawn[name] for name in drawn)  # a point's budget
     assert "LESS" in drawn["front_tokens"] and "LESS" not in drawn["front"]  # whose seconds are not all counted
     assert not front.draw_noise(found, tmp_path / "none.svg")  # one share of noise compares nothing
-    pairs = ((ours, 0.9), (random, 1.0), (FULL_DATA, 0.95))
+    pairs = ((ours, 1.3), (random, 1.5), (FULL_DATA, 1.1))
     noisy = [made(flags, 0, held=held, data="noise-all-0.6") for flags, held in pairs]
     assert front.draw_noise(results(tmp_path, runs + noisy), tmp_path / "noise.svg")
-    assert "+0.100" in (tmp_path / "noise.svg").read_text() and "+0.050" in (tmp_path / "noise.svg").read_text()
+    picture = (tmp_path / "noise.svg").read_text()
+    assert [picture.count(f">{gain}<") for gain in ("+0.100", "+0.050", "+0.200", "−0.200", "-0.200")] == [
+        1,
+        1,
+        1,
+        0,
+        1,
+    ]
     assert not (tmp_path / "none.svg").exists()
 
 
@@ -132,7 +139,7 @@ def test_each_part_is_a_line_of_its_own_runs(tmp_path):
     assert front.parts_table(results(tmp_path, runs[:1])) == ""
 
 
-def test_a_table_is_of_the_present_world_once_all_of_its_runs_are_there(tmp_path):
+def test_a_table_is_complete_once_all_of_its_runs_are_there(tmp_path):
     runs = [made(run.flags, run.seed) for run in runs_of(TINY, EXPERIMENTS["table3"], 1)]
     assert results(tmp_path, runs).complete() == ["table3"]
     assert all(results(tmp_path, runs[:n] + runs[n + 1 :]).complete() == [] for n in range(len(runs)))
@@ -149,3 +156,6 @@ def test_losses_by_noise_are_compared_within_the_same_rows(tmp_path):
     assert "| 30 %, every kind | 25 % | 1 | 0.950 | 1.000 | 0.900 | **0.800** |" in table
     assert "| 30 %, wrong | 25 % | 1 | **1.500** | 2.000 | 2.000 | 2.000 |" in table
     assert table.count("\n|") == 3
+    more = [made(METHODS["random"]("25x100"), 1, held=2.2, data="noise-wrong-0.3")]
+    table = front.noise_table(results(tmp_path, plain + noisy + more))
+    assert "| 30 %, wrong | 25 % | 1 | **1.500** | 2.100 ± 1.271 | 2.000 | 2.000 |" in table
