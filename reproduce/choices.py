@@ -219,7 +219,7 @@ def table(results: dict) -> str:
 def cell(results: dict, choice: str) -> str:
     """A summary of a choice's first two variants, for docs/CHOICES.md.
 
-    It has what they change on the embedded default, and the gain of the GSM8K form over the default; `same` marks a
+    It has what they change on the embedded default, and their gain in held-out loss over the default; `same` marks a
     variant that was not trained, since it decides as the default does.
     """
     if choice == NO_VARIANT:
@@ -234,7 +234,7 @@ def cell(results: dict, choice: str) -> str:
     if any(abs(ratio - 1) > 0.005 for ratio in over):
         text += f", {' / '.join(f'{ratio:.2f}' for ratio in over)} x budget"
     if lines[0]["seeds"]:
-        text += f"; GSM8K {' / '.join(shown(line, 'gsm8k') or 'same' for line in lines)}"
+        text += f"; gain {' / '.join(shown(line, 'held') or 'same' for line in lines)}"
     return f"{' / '.join(line['name'] for line in lines)}: {text}" if len(lines) > 1 else text
 
 

@@ -420,8 +420,8 @@ has 30 % planted noise (`reproduce/planted.py`). LoRA with the paper's settings 
 of 32 rows), bf16. Losses are over the answers of clean rows that no run trains on: 100 of Alpaca, 100 of GSM8K, 30 of
 LIMA. ARC-Easy and SQuAD (200 questions, exact match) are scored for the untuned model and for full data.
 
-One seed of `smollm2-noise`, without Entropy and Rho-1, has been run. At 50x50 Q-Tuning trains on 1.8 times as many
-answer tokens as random does, since it trims an eighth of the kept samples.
+One seed of `smollm2-noise` has been run, without Entropy and Rho-1 at 50x50. There Q-Tuning trains on 1.8 times as
+many answer tokens as random does, since it trims an eighth of the kept samples.
 """
 PLANTED = """## Planted noise among real rows
 
