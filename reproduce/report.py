@@ -430,9 +430,9 @@ planted kind (`reproduce/planted.py`), scored once by {model} and not trained. S
 deviations over {orders} random orders. *As printed*, the backfill draws from all quadrants; the other rules say where
 it draws from first, and *Q1 barred* draws from Q1 last. PPL and Ent have a rank correlation of {rank_correlation:.2f}.
 """
-SAVED = """`python -m reproduce.efficiency`: medians of a step of 32 rows on a CPU. The full-data run packs its rows and
-makes no full logits either. First SmolLM2-135M on Alpaca rows (two threads), then the embedded default (one thread;
-its first world).
+SAVED = """`python -m reproduce.efficiency`: medians of a step on a CPU. The full-data run packs its rows and makes no
+full logits either. First SmolLM2-135M on Alpaca rows (steps of 32, two threads), then the embedded default (steps of
+160, one thread).
 """
 
 
