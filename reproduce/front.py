@@ -45,6 +45,7 @@ NOISES = {  # panel -> label -> rows; every kind in growing shares, then each ki
     "every kind": {percent(share): f"noise-all-{share}" for share in NOISE_SHARES},
     "30 % of one kind": {kind: f"noise-{kind}-0.3" for kind in NOISE_KINDS},
 }
+NOISY_ROWS = [name for named in NOISES.values() for name in named.values()]
 
 
 def variants() -> dict[tuple[str, str], Flags]:
@@ -201,7 +202,7 @@ def noise_table(results: report.Results) -> str:
     Empty without runs on rows other than the embedded ones. The lowest loss of a line is bold.
     """
     lines = [["noise among the rows", "budget", "seeds", FULL, *COMPARED]]
-    for name in (name for named in NOISES.values() for name in named.values()):
+    for name in NOISY_ROWS:
         _, kinds, share = name.split("-")
         rows = f"{percent(share)}, {'every kind' if kinds == 'all' else kinds}"
         for budget in WHOLE:
@@ -292,7 +293,7 @@ def draw_front(results: report.Results, path: Path) -> None:
 def noise_gains(results: report.Results, method: str, over: str) -> dict[tuple[str, str], float]:
     """(rows, budget) -> a method's gain in held-out loss over full data or random, where both have run."""
     gains = {}
-    for name in (name for named in NOISES.values() for name in named.values()):
+    for name in NOISY_ROWS:
         for budget in WHOLE:
             flags = METHODS[method](budget), FULL_DATA if over == FULL else METHODS[over](budget)
             pair = [noisy_runs(results, name, flag) for flag in flags]

@@ -351,13 +351,18 @@ TINY = """## The embedded default
 
 Two epochs of the embedded default (5,120 rows, 64 steps of 160, a model of a million parameters) on a CPU, one thread a
 run: `python -m reproduce spread front --seeds 5`, `best parts`, and all else with `--seeds 1`. World and base were
-frozen at commit b712f5e. Before that, six bases were dropped. On the first base tuning moved no score (4 runs), on the
-second no loss (81 runs, some of which compared methods). Two were never tuned, since their rows were less like real
-ones. One base forgot in tuning what it knew (7 runs). On one the corrected score spread too widely (26 runs). 15 of
-these are of `front`, which was stopped; their scores were not looked at. On the present base 12 runs had rows with
-fewer descriptions, whose token PPL was too low; two of these were stopped. On the present world six runs at 2e-4 were
-made before it was frozen: one of full data, and five of random x random. The rate was chosen by how much the test
-scores of random x random spread over seeds.
+frozen at commit b712f5e. Six bases were dropped before that:
+
+- On the first base tuning changed no score (4 runs).
+- On the second base tuning lowered no loss. It has 81 runs, and some of them compared methods.
+- Two bases were never tuned, because their rows were less like real ones.
+- One base forgot in tuning what it knew (7 runs).
+- On one base the corrected score spread too widely (26 runs). 15 of these runs are of `front`, which was stopped.
+  Nobody looked at their scores.
+
+On the present base 12 runs had rows with fewer descriptions, whose token PPL was too low. Two of these were stopped. On
+the present world six runs at 2e-4 were made before it was frozen: one of full data, and five of random x random. The
+spread of their test scores over seeds decided the rate.
 """
 RESEMBLANCE = """### Does it resemble real rows?
 

@@ -470,7 +470,7 @@ def test_results_are_added_to_those_in_the_file(tmp_path):
     assert [(run["seed"], run["scores"]["arc"]) for run in found["runs"]] == [(0, 3.0), (1, 2.0)]
     assert [found["machines"][run["machine"]]["device_name"] for run in found["runs"]] == ["b", "b"]
     assert shlex.split(found["runs"][0]["flags"]) == list(flags)
-    assert {run["seed"] for runs in report.Results.read("tiny", out).runs.values() for run in runs} == {0, 1}
+    assert {run["seed"] for made in report.Results.read("tiny", out).runs.values() for run in made} == {0, 1}
 
 
 # ----------------------------------------------------------------------------------------------- noise

@@ -120,13 +120,8 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     noisy = [made(flags, 0, held=held, data="noise-all-0.6") for flags, held in pairs]
     assert front.draw_noise(results(tmp_path, runs + noisy), tmp_path / "noise.svg")
     picture = (tmp_path / "noise.svg").read_text()
-    assert [picture.count(f">{gain}<") for gain in ("+0.100", "+0.050", "+0.200", "−0.200", "-0.200")] == [
-        1,
-        1,
-        1,
-        0,
-        1,
-    ]
+    for gain in ("+0.100", "+0.050", "+0.200", "-0.200"):
+        assert picture.count(f">{gain}<") == 1
     assert not (tmp_path / "none.svg").exists()
 
 
