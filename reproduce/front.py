@@ -7,6 +7,7 @@ neighbour only adds.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 
@@ -196,6 +197,15 @@ def noisy_runs(results: report.Results, name: str, flags: Flags) -> list[dict]:
     return runs_of(results, flags, "front" if name == SOME else name)
 
 
+def rows_called(name: str) -> str:
+    _, kinds, share = name.split("-")
+    return f"{percent(share)}, {'every kind' if kinds == 'all' else kinds}"
+
+
+def percent_of(budget: str) -> str:
+    return f"{budget.partition('x')[0]} %"
+
+
 def noise_table(results: report.Results) -> str:
     """Markdown: held-out loss by the share and the kind of the noise among the rows, at each budget of whole answers.
 
@@ -203,8 +213,6 @@ def noise_table(results: report.Results) -> str:
     """
     lines = [["noise among the rows", "budget", "seeds", FULL, *COMPARED]]
     for name in NOISY_ROWS:
-        _, kinds, share = name.split("-")
-        rows = f"{percent(share)}, {'every kind' if kinds == 'all' else kinds}"
         for budget in WHOLE:
             compared = [FULL_DATA, *(METHODS[method](budget) for method in COMPARED)]
             found = [noisy_runs(results, name, flags) for flags in compared]
@@ -213,7 +221,35 @@ def noise_table(results: report.Results) -> str:
                 shown = [report.with_margin(runs, "held") for runs in found]
                 best = means.index(min(means))
                 shown[best] = f"**{shown[best]}**"
-                lines.append([rows, f"{budget.partition('x')[0]} %", str(min(map(len, found))), *shown])
+                lines.append([rows_called(name), percent_of(budget), str(min(map(len, found))), *shown])
+    return markdown(lines) if len({line[0] for line in lines}) > 2 else ""
+
+
+GAINS = [(method, over) for method in COMPARED[1:] for over in (FULL, "random")]
+
+
+def noise_gains(results: report.Results, method: str, over: str) -> dict[tuple[str, str], report.Gain]:
+    """(rows, budget) -> a method's gain in held-out loss over full data or random, where both have run."""
+    gains = {}
+    for name in NOISY_ROWS:
+        for budget in WHOLE:
+            flags = METHODS[method](budget), FULL_DATA if over == FULL else METHODS[over](budget)
+            pair = [noisy_runs(results, name, flag) for flag in flags]
+            if all(pair):
+                gains[name, budget] = report.gain(*pair, "held")
+    return gains
+
+
+def noise_gains_table(results: report.Results) -> str:
+    """Markdown: the gains of `noise_gains` with their 95 % intervals; bold where the interval excludes 0."""
+    every = [noise_gains(results, *pair) for pair in GAINS]
+    lines = [["noise among the rows", "budget", *(f"{method}, over {over}" for method, over in GAINS)]]
+    for name, budget in itertools.product(NOISY_ROWS, WHOLE):
+        found = [gains.get((name, budget)) for gains in every]
+        if all(found):
+            shown = [(gain, report.interval(gain, "held")) for gain in found]
+            cells = [text if gain.is_noise() else f"**{text}**" for gain, text in shown]
+            lines.append([rows_called(name), percent_of(budget), *cells])
     return markdown(lines) if len({line[0] for line in lines}) > 2 else ""
 
 
@@ -290,18 +326,6 @@ def draw_front(results: report.Results, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def noise_gains(results: report.Results, method: str, over: str) -> dict[tuple[str, str], float]:
-    """(rows, budget) -> a method's gain in held-out loss over full data or random, where both have run."""
-    gains = {}
-    for name in NOISY_ROWS:
-        for budget in WHOLE:
-            flags = METHODS[method](budget), FULL_DATA if over == FULL else METHODS[over](budget)
-            pair = [noisy_runs(results, name, flag) for flag in flags]
-            if all(pair):
-                gains[name, budget] = report.gain(*pair, "held").mean
-    return gains
-
-
 def draw_noise(results: report.Results, path: Path) -> bool:
     """Noise among the rows against budget, coloured by the gain in held-out loss over full data and over random.
 
@@ -310,10 +334,10 @@ def draw_noise(results: report.Results, path: Path) -> bool:
     """
     import matplotlib
 
-    every = {(method, over): noise_gains(results, method, over) for method in COMPARED[1:] for over in (FULL, "random")}
+    every = {pair: noise_gains(results, *pair) for pair in GAINS}
     if len({name for gains in every.values() for name, _ in gains}) < 2:
         return False
-    widest = max(abs(gain) for gains in every.values() for gain in gains.values())
+    widest = max(abs(gain.mean) for gains in every.values() for gain in gains.values())
     with matplotlib.rc_context(figures.STYLE):
         from matplotlib.figure import Figure
 
@@ -321,20 +345,26 @@ def draw_noise(results: report.Results, path: Path) -> bool:
         panels = figure.subplots(len(every), len(NOISES), sharey=True)
         for axes, ((method, over), gains) in zip(panels, every.items(), strict=True):
             for axis, (kind, named) in zip(axes, NOISES.items(), strict=True):
-                grid = [[gains.get((name, budget), float("nan")) for name in named.values()] for budget in WHOLE]
+                means = {pair: gain.mean for pair, gain in gains.items()}
+                grid = [[means.get((name, budget), float("nan")) for name in named.values()] for budget in WHOLE]
                 image = axis.imshow(grid, cmap="RdBu", vmin=-widest, vmax=widest, aspect="auto")
                 axis.set_xticks(range(len(named)), list(named))
-                axis.set_yticks(range(len(WHOLE)), [f"{budget.partition('x')[0]} %" for budget in WHOLE])
+                axis.set_yticks(range(len(WHOLE)), [percent_of(budget) for budget in WHOLE])
                 axis.set_title(f"{method}, over {over}: {kind}")
                 for x, name in enumerate(named.values()):
                     for y, budget in enumerate(WHOLE):
                         if (name, budget) in gains:
                             gain = gains[name, budget]
-                            colour = "white" if abs(gain) > widest / 2 else "black"
-                            axis.text(x, y, f"{gain:+.3f}", ha="center", va="center", fontsize=8, color=colour)
+                            colour = "white" if abs(gain.mean) > widest / 2 else "black"
+                            weight = "normal" if gain.is_noise() else "bold"
+                            place = {"ha": "center", "va": "center", "fontsize": 8}
+                            axis.text(x, y, f"{gain.mean:+.3f}", color=colour, fontweight=weight, **place)
         figure.colorbar(image, ax=panels, label="gain in held-out loss, nats", shrink=0.5)
         figure.suptitle(
-            "Noise among the rows (across), share of the samples kept (down)", x=0.01, ha="left", fontsize=10
+            "Noise among the rows (across), share of the samples kept (down); bold: the 95 % interval excludes 0",
+            x=0.01,
+            ha="left",
+            fontsize=10,
         )
         figure.savefig(path, metadata={"Date": None})
     return True

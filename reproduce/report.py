@@ -484,7 +484,8 @@ def front_parts(tiny: Results, figures_folder: Path) -> list[str]:
         if tables[0]:
             parts += [text.rstrip(), *(table for table in tables if table)]
     if (figures_folder / "noise.svg").exists():
-        parts += [NOISE.rstrip(), "![Gain by share of noise](results/figures/noise.svg)", front.noise_table(tiny)]
+        parts += [NOISE.rstrip(), "![Gain by share of noise](results/figures/noise.svg)"]
+        parts += [front.noise_table(tiny), front.noise_gains_table(tiny)]
     return parts
 
 

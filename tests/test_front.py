@@ -1,6 +1,7 @@
 """What pruning pays: the Pareto front, the rate that validation chooses, and tables of runs that exist."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -118,10 +119,12 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert not front.draw_noise(found, tmp_path / "none.svg")  # one share of noise compares nothing
     pairs = ((ours, 1.3), (random, 1.5), (FULL_DATA, 1.1))
     noisy = [made(flags, 0, held=held, data="noise-all-0.6") for flags, held in pairs]
+    noisy += [made(flags, 1, held=held + 0.002, data="noise-all-0.6") for flags, held in pairs]
     assert front.draw_noise(results(tmp_path, runs + noisy), tmp_path / "noise.svg")
     picture = (tmp_path / "noise.svg").read_text()
-    for gain in ("+0.100", "+0.050", "+0.200", "-0.200"):
-        assert picture.count(f">{gain}<") == 1
+    for gain, certain in (("+0.100", False), ("+0.050", False), ("+0.200", True), ("-0.200", True)):
+        (style,) = re.findall(rf'<text style="([^"]*)"[^>]*>{re.escape(gain)}<', picture)
+        assert ("700" in style or "bold" in style) == certain
     assert not (tmp_path / "none.svg").exists()
 
 
@@ -144,13 +147,24 @@ def test_losses_by_noise_are_compared_within_the_same_rows(tmp_path):
     compared = {"random": 1.0, "as printed": 0.9, "Q1 barred": 0.8}
     plain = [made(METHODS[name]("25x100"), 0, held=held) for name, held in compared.items()]
     plain.append(made(FULL_DATA, 0, held=0.95))
-    noisy = [made(METHODS[name]("25x100"), 0, held=2.0, data="noise-wrong-0.3") for name in compared]
+    worse = {"random": 2.0, "as printed": 2.1, "Q1 barred": 1.9}
+    noisy = [made(METHODS[name]("25x100"), 0, held=held, data="noise-wrong-0.3") for name, held in worse.items()]
     noisy.append(made(FULL_DATA, 0, held=1.5, data="noise-wrong-0.3"))
     assert front.noise_table(results(tmp_path, plain)) == ""  # one kind of rows compares nothing
     table = front.noise_table(results(tmp_path, plain + noisy))
     assert "| 30 %, every kind | 25 % | 1 | 0.950 | 1.000 | 0.900 | **0.800** |" in table
-    assert "| 30 %, wrong | 25 % | 1 | **1.500** | 2.000 | 2.000 | 2.000 |" in table
+    assert "| 30 %, wrong | 25 % | 1 | **1.500** | 2.000 | 2.100 | 1.900 |" in table
     assert table.count("\n|") == 3
+    table = front.noise_gains_table(results(tmp_path, plain + noisy))
+    assert "| 30 %, every kind | 25 % | +0.050 | +0.100 | +0.150 | +0.200 |" in table
+    assert "| 30 %, wrong | 25 % | -0.600 | -0.100 | -0.400 | +0.100 |" in table
+    assert table.count("\n|") == 3 and front.noise_gains_table(results(tmp_path, plain)) == ""
+    more = {name: held + 0.002 for name, held in worse.items()}
+    again = [made(METHODS[name]("25x100"), 1, held=held, data="noise-wrong-0.3") for name, held in more.items()]
+    again.append(made(FULL_DATA, 1, held=1.502, data="noise-wrong-0.3"))
+    table = front.noise_gains_table(results(tmp_path, plain + noisy + again))
+    line = "| 30 %, wrong | 25 % | **-0.600 ± 0.006** | **-0.100 ± 0.006** | **-0.400 ± 0.006** | **+0.100 ± 0.006** |"
+    assert line in table
     more = [made(METHODS["random"]("25x100"), 1, held=2.2, data="noise-wrong-0.3")]
     table = front.noise_table(results(tmp_path, plain + noisy + more))
-    assert "| 30 %, wrong | 25 % | 1 | **1.500** | 2.100 ± 1.271 | 2.000 | 2.000 |" in table
+    assert "| 30 %, wrong | 25 % | 1 | **1.500** | 2.100 ± 1.271 | 2.100 | 1.900 |" in table
