@@ -3,8 +3,9 @@
 tiny   the embedded default on a CPU. Every model is the embedded one, its word problems replace MathInstruct, and the
        sizes of Figure 4 are base models of 1, 2 and 4 layers. Rows named noise-KINDS-SHARE are the embedded rows with
        that share of noise.
-small  SmolLM2-135M on 3,200 real rows, some hours on a CPU: the experiments `smollm2` and `smollm2-noise`, where 30 %
-       of the rows are planted noise (planted.py). It reads data/alpaca.json and LIMA's rows, data/lima.json.
+small  SmolLM2-135M on 3,200 real rows: the experiments `smollm2` and `smollm2-noise`, where 30 % of the rows are
+       planted noise (planted.py). It takes some hours on a CPU that computes in bf16 (AVX-512 BF16 or AMX); others take
+       many times as long. It reads data/alpaca.json and LIMA's rows, data/lima.json.
 paper  the paper's models, data and settings on 8 GPUs of 80 GiB. train.py's defaults are the paper's settings.
 
 Checkpoints are expected in models/, rows and tests where `python -m data.download NAME --out data` puts them. TriviaQA

@@ -61,8 +61,10 @@ def code_version() -> dict:
 
 
 def device_name(kind: str) -> str:
-    """The name of the GPU, or the number of CPU cores."""
-    return torch.cuda.get_device_name() if kind == "cuda" else f"{os.cpu_count()} cpu cores"
+    """The name of the GPU, or the number of CPU cores and their vector instructions, on which results depend."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} cpu cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def describe_run(cfg, world: int, num_samples: int, hashes: dict[str, str]) -> dict:
