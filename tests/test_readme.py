@@ -17,6 +17,7 @@ import qtuning
 import train
 from model import Transformer
 from reproduce import choices, efficiency, front, gpu, memory, packing, quickstart, report, selection
+from reproduce.experiments import BEST_RATES, EXPERIMENTS, FULL_DATA, METHODS, PARTS, at_rate
 from training.files import read_json, read_jsonl
 from training.memory import peak_bytes
 
@@ -345,6 +346,56 @@ def test_the_tables_of_readme_are_rows_of_the_committed_results():
         assert [row for row in rows if row not in known[2:]] == []
         assert sorted(rows, key=known.index) == rows
     assert len(shown["front"].splitlines()) == 2 + 8
+
+
+FOUND = " ".join(section(README, "What was found").split())
+ONCE = "Q1 barred, scored once"
+HALF, QUARTER, LESS = METHODS[ONCE]("50x100"), METHODS[ONCE]("25x100"), METHODS["LESS"]("50x100")
+FULL_AT_BEST, HALF_AT_BEST = at_rate(FULL_DATA, BEST_RATES["", "full data"]), at_rate(HALF, BEST_RATES["50x100", ONCE])
+WHOLE_ANSWERS = PARTS["Q1 barred, whole answers"]
+TOKENS = EXPERIMENTS["figure6"].sections["100x50"]
+GAINS = [  # what README says, with {} for how much better the first row is than the second; experiment, measure
+    ("loss** at 2e-4, by {}, in", HALF, FULL_DATA, "front", "held"),
+    ("Their corrected score is {} lower.", FULL_DATA, HALF, "front", "corrected"),
+    ("but learns {} less.", FULL_DATA, QUARTER, "front", "learned"),
+    ("full data leads half by {},", FULL_AT_BEST, HALF_AT_BEST, "best", "held"),
+    ("it learns {} points less.", FULL_DATA, LESS, "front", "learned"),
+    ("worse at 12.5x100", METHODS["random"]("12.5x100"), METHODS["as printed"]("12.5x100"), "front", "held"),
+    ("and 25x100,", METHODS["random"]("25x100"), METHODS["as printed"]("25x100"), "front", "held"),
+    ("Q1 barred, by {}.", PARTS["Q1 barred"], WHOLE_ANSWERS, "parts", "held"),
+    ("Random tokens do too ({}).", PARTS["Q1 barred, tokens at random"], WHOLE_ANSWERS, "parts", "held"),
+    ("ends {} above random tokens (one seed).", TOKENS["Random"], TOKENS["Q-Tuning"], "figure6", "held"),
+]
+LEVEL = [
+    ("A quarter is level in loss,", QUARTER, FULL_DATA, "front"),
+    ("level at three budgets.", METHODS["as printed"]("50x100"), METHODS["random"]("50x100"), "front"),
+    ("level at three budgets.", METHODS["as printed"]("12.5x50"), METHODS["random"]("12.5x50"), "front"),
+    ("level at three budgets.", PARTS["as printed"], PARTS["random"], "parts"),
+]
+
+
+def gain(ours, over, name, task):
+    results, experiment = report.Results.read("tiny"), EXPERIMENTS[name]
+    model = experiment.models[0]
+    return report.gain(results.of(experiment, model, ours), results.of(experiment, model, over), task)
+
+
+@pytest.mark.parametrize(("words", "ours", "over", "name", "task"), GAINS, ids=[words for words, *_ in GAINS])
+def test_readme_states_a_gain_that_its_runs_give(words, ours, over, name, task):
+    found = gain(ours, over, name, task)
+    assert found.mean > 0 and (found.margin is None or not found.is_noise())
+    assert words.format(report.interval(found, task)[1:]) in FOUND
+
+
+@pytest.mark.parametrize(("words", "ours", "over", "name"), LEVEL)
+def test_readme_calls_level_what_no_run_tells_apart(words, ours, over, name):
+    assert words in FOUND
+    assert gain(ours, over, name, "held").margin is not None and gain(ours, over, name, "held").is_noise()
+
+
+def test_readme_states_the_seconds_of_half_and_of_full_data():
+    half, full = (front.seconds(report.Results.read("tiny"), flags) for flags in (HALF, FULL_DATA))
+    assert f"in {half:.0f} seconds of {full:.0f}." in FOUND
 
 
 def test_readme_shows_the_eight_lines_that_the_first_command_ends_in():
