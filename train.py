@@ -84,7 +84,7 @@ class Config:
 
     micro_batch: int = flag(8, "samples per device in each micro-batch")
     grad_accum: int = flag(4, "micro-batches per device in each optimizer step")
-    reuse_scores: int = flag(1, "inexact: use a row's scores in K steps before it is scored again")
+    reuse_scores: int = flag(1, "inexact: use a row's scores in K visits of the row before it is scored again")
     pass_tokens: int | None = flag(None, "tokens of one forward pass; default: 2048 on cpu, on cuda as many as fit")
     epochs: float = flag(3.0, "passes over the rows; they set the length of the learning-rate schedule")
     max_steps: int | None = flag(None, "stop after this many steps of that schedule")

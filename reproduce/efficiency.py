@@ -14,8 +14,8 @@ packs its rows and makes no full logits either.
 FLOPs are those of the linear layers: 2 per weight and token forward, as many again for the gradient of the input and
 for the gradient of each weight that trains, and once more forward under activation checkpointing, unless the scoring
 pass's outputs are reused. The head counts for answer tokens alone. (Attention's own products are below a twentieth of
-that up to 2048 tokens of a 7B model.) The bound is a cell's FLOPs over the full-data run's: its share if all FLOPs took
-the same time. `matmul_flops` is the rate of a large square product on this machine, measured in each round.
+that up to 2048 tokens of a 7B model.) `bound` is a cell's FLOPs over the full-data run's: its share if all FLOPs
+took the same time. `matmul_flops` is the rate of a large square product on this machine, measured in each round.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def describe(cell: tuple, steps: dict[tuple, list[dict]], work: dict[tuple, floa
 
 def table(results: dict) -> str:
     """Markdown: one row for each cell; seconds are medians of a step."""
-    head = ["tuning", "method", "score s", "select s", "train s", "optimizer s", "seconds", "of full", "bound", "paper"]
+    head = ["tuning", "method", "score s", "select s", "train s", "optimizer s", "seconds"]
+    head += ["of full", "of full in FLOPs", "paper"]
     rows = [[*head, "tokens/s", "matmul share", "peak GiB"]]
     for row in results["rows"]:
         ratio = row["sample_keep_ratio"]
@@ -186,7 +187,7 @@ def table(results: dict) -> str:
 
 
 def shares(results: dict) -> str:
-    """Markdown, Table 6: time over that of the column's full-data run, and in brackets the bound."""
+    """Markdown, Table 6: time over that of the column's full-data run, and in brackets the same in FLOPs."""
     cells = {
         (row["tuning"], row["checkpointing"], row["method"], row["sample_keep_ratio"]): row for row in results["rows"]
     }

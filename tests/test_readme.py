@@ -18,6 +18,7 @@ import train
 from model import Transformer
 from reproduce import choices, efficiency, front, gpu, memory, packing, quickstart, report, selection
 from reproduce.experiments import BEST_RATES, EXPERIMENTS, FULL_DATA, METHODS, PARTS, at_rate
+from reproduce.presets import SMALL_HELDOUT
 from training.files import read_json, read_jsonl
 from training.memory import peak_bytes
 
@@ -356,10 +357,10 @@ WHOLE_ANSWERS = PARTS["Q1 barred, whole answers"]
 TOKENS = EXPERIMENTS["figure6"].sections["100x50"]
 GAINS = [  # what README says, with {} for how much better the first row is than the second; experiment, measure
     ("loss** at 2e-4, by {}, in", HALF, FULL_DATA, "front", "held"),
-    ("Their corrected score is {} lower.", FULL_DATA, HALF, "front", "corrected"),
-    ("but learns {} less.", FULL_DATA, QUARTER, "front", "learned"),
-    ("full data leads half by {},", FULL_AT_BEST, HALF_AT_BEST, "best", "held"),
-    ("it learns {} points less.", FULL_DATA, LESS, "front", "learned"),
+    ("At 2e-4 half's corrected score is {} points lower.", FULL_DATA, HALF, "front", "corrected"),
+    ("but learns {} points less. LESS", FULL_DATA, QUARTER, "front", "learned"),
+    ("full data leads** by {};", FULL_AT_BEST, HALF_AT_BEST, "best", "held"),
+    ("but learns {} points less than full data.", FULL_DATA, LESS, "front", "learned"),
     ("worse at 12.5x100", METHODS["random"]("12.5x100"), METHODS["as printed"]("12.5x100"), "front", "held"),
     ("and 25x100,", METHODS["random"]("25x100"), METHODS["as printed"]("25x100"), "front", "held"),
     ("Q1 barred, by {}.", PARTS["Q1 barred"], WHOLE_ANSWERS, "parts", "held"),
@@ -368,9 +369,9 @@ GAINS = [  # what README says, with {} for how much better the first row is than
 ]
 LEVEL = [
     ("A quarter is level in loss,", QUARTER, FULL_DATA, "front"),
-    ("level at three budgets.", METHODS["as printed"]("50x100"), METHODS["random"]("50x100"), "front"),
-    ("level at three budgets.", METHODS["as printed"]("12.5x50"), METHODS["random"]("12.5x50"), "front"),
-    ("level at three budgets.", PARTS["as printed"], PARTS["random"], "parts"),
+    ("level at 50x100, 12.5x50 and 25x50.", METHODS["as printed"]("50x100"), METHODS["random"]("50x100"), "front"),
+    ("level at 50x100, 12.5x50 and 25x50.", METHODS["as printed"]("12.5x50"), METHODS["random"]("12.5x50"), "front"),
+    ("level at 50x100, 12.5x50 and 25x50.", PARTS["as printed"], PARTS["random"], "parts"),
 ]
 
 
@@ -396,6 +397,17 @@ def test_readme_calls_level_what_no_run_tells_apart(words, ours, over, name):
 def test_readme_states_the_seconds_of_half_and_of_full_data():
     half, full = (front.seconds(report.Results.read("tiny"), flags) for flags in (HALF, FULL_DATA))
     assert f"in {half:.0f} seconds of {full:.0f}." in FOUND
+
+
+def test_readme_states_the_losses_of_the_real_model_over_full_data():
+    results, experiment = report.Results.read("small"), EXPERIMENTS["smollm2-noise"]
+    named = experiment.sections["50x50"]
+    said = {"with Q1 barred": "Q-Tuning, Q1 barred", "as printed": "Q-Tuning", "for random pruning": "Random-Random"}
+    (full,) = results.of(experiment, experiment.models[0], FULL_DATA)
+    for words, name in said.items():
+        (run,) = results.of(experiment, experiment.models[0], named[name])
+        losses = ", ".join(f"{run[loss] - full[loss]:.3f}" for loss in SMALL_HELDOUT.values())
+        assert f"{losses} nats {words}" in FOUND or f"{losses} {words}" in FOUND
 
 
 def test_readme_shows_the_eight_lines_that_the_first_command_ends_in():
