@@ -151,6 +151,7 @@ METHODS = {  # name -> flags at a budget
 SIDE_FILES = ("LESS", "Rho-1")  # the best of the compared pruners; their seconds leave out what made their side files
 AT_ONE_BUDGET = {"entropy": "25x100", "Rho-1": "12.5x50"}  # compared at this budget alone; Rho-1 prunes tokens
 COMPARED = ("random", "as printed", "Q1 barred")  # where the share or the kind of noise varies
+TRIMMED = (*COMPARED, "Q1 barred, scored once")  # compared at 50x50
 RATED = tuple(name for name in METHODS if name not in SIDE_FILES)  # at several learning rates
 RATES = (0.3, 1.0, 3.0, 10.0)  # factors of the preset's learning rate
 HIGHER = (*RATES, 30.0)  # where ten times the preset's rate was the best of RATES: full data and half of the samples
@@ -171,7 +172,7 @@ NOISE_SHARES = ("0", "0.15", "0.3", "0.45", "0.6")
 NOISY = tuple(f"noise-all-{share}" for share in NOISE_SHARES if share != "0.3")  # 0.3: the embedded rows themselves
 NOISY += tuple(f"noise-{kind}-0.3" for kind in NOISE_KINDS)
 
-BEYOND = ("spread", "rates", "best", "front", "parts", *NOISY)  # experiments of the embedded default alone
+BEYOND = ("spread", "rates", "best", "front", "trimmed", "parts", *NOISY)  # experiments of the embedded default alone
 
 
 def at_rate(flags: Flags, factor: float) -> Flags:
@@ -357,6 +358,7 @@ EXPERIMENTS = {
     ),
     "best": Experiment("Every method at its own best rate", (EMBEDDED,), WIZARD, at_best_rates()),
     "front": Experiment("What pruning pays", (EMBEDDED,), WIZARD, at_budgets((*WHOLE, "12.5x50"))),
+    "trimmed": Experiment("Half of the samples, trimmed", (EMBEDDED,), WIZARD, at_budgets(("50x50",), methods=TRIMMED)),
     "parts": Experiment("What each part contributes", (EMBEDDED,), WIZARD, {"25x50": PARTS}),
     **{name: Experiment(f"Rows of {name}", (EMBEDDED,), name, at_budgets(WHOLE, methods=COMPARED)) for name in NOISY},
     "pairings": Experiment(

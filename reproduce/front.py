@@ -1,6 +1,6 @@
 """What pruning pays on the embedded default: noise between seeds, learning rates, score against seconds, noisy rows.
 
-Tables and pictures of the experiments `spread`, `rates`, `best`, `front`, `parts` and `noise-...`, for RESULTS.md.
+Tables and pictures of the experiments `spread`, `rates`, `best`, `front`, `trimmed`, `parts` and `noise-...`.
 A method's seconds are the fewest that any of its runs took to train, at any rate: runs share a machine, and a
 neighbour only adds.
 """
@@ -50,9 +50,9 @@ NOISY_ROWS = [name for named in NOISES.values() for name in named.values()]
 
 
 def variants() -> dict[tuple[str, str], Flags]:
-    """(budget, method) -> flags at the preset's rate, in the order of the experiment."""
+    """(budget, method) -> flags at the preset's rate, in the order of the experiments."""
     found = {("", FULL): FULL_DATA}
-    for section, named in EXPERIMENTS["front"].sections.items():
+    for section, named in (*EXPERIMENTS["front"].sections.items(), *EXPERIMENTS["trimmed"].sections.items()):
         if section:
             found |= {(section, name.rpartition(", rate")[0]): flags for name, flags in named.items()}
     return found
@@ -301,7 +301,7 @@ def draw_front(results: report.Results, path: Path) -> None:
                 found, at = report.values(runs, task), paid(results, flags)
                 colour, marker = LOOKS[method]
                 y, margin = statistics.mean(found), noise.mean_margin(found)  # None, for a single run, draws no bar
-                hollow = {"markerfacecolor": "white"} if budget == "12.5x50" else {}
+                hollow = {"markerfacecolor": "white"} if budget and budget not in WHOLE else {}
                 axis.errorbar(at, y, margin, color=colour, marker=marker, markersize=5, alpha=0.9, **hollow)
                 label = "" if method == FULL else budget.partition("x")[0]
                 axis.annotate(label, (at, y), (4, 3), textcoords="offset points", fontsize=7, color=colour)
