@@ -33,7 +33,6 @@ from reproduce.quickstart import GROUPS
 from reproduce.tables import markdown
 
 TASKS = (*GROUPS, "held")
-BUDGETS = (*WHOLE, "12.5x50")
 FULL, UNTUNED = "full data", "before tuning"
 
 
