@@ -2,7 +2,7 @@
 
 Tables and pictures of the experiments `spread`, `rates`, `best`, `front`, `trimmed`, `parts` and `noise-...`.
 A method's seconds are the fewest that any of its runs took to train, at any rate: runs share a machine, and a
-neighbour only adds.
+neighbour only adds. Runs on another kind of processor than full data's do not count.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ def runs_of(results: report.Results, flags: Flags | None, experiment: str = "fro
     return results.of(EXPERIMENTS[experiment], EMBEDDED, flags)
 
 
-def seconds(results: report.Results, flags: Flags) -> float:
-    """The fewest seconds of a method's runs at any rate, which does not change the work."""
-    return min(run["seconds"] for factor in HIGHER for run in runs_of(results, at_rate(flags, factor)))
+def seconds(results: report.Results, flags: Flags) -> float | None:
+    """The fewest seconds of a method's runs at any rate, which does not change the work.
+
+    Runs on another device than full data's first run do not count; None if there are no others.
+    """
+    runs = [run for factor in HIGHER for run in runs_of(results, at_rate(flags, factor))]
+    device = (runs_of(results, FULL_DATA) or runs)[0]["device"]
+    return min((run["seconds"] for run in runs if run["device"] == device), default=None)
 
 
 def tokens(results: report.Results, flags: Flags) -> float:
@@ -156,7 +161,8 @@ def costs_and_scores(results: report.Results, flags: Flags, runs: list[dict]) ->
     """
     seen = (runs_of(results, FULL_DATA) or runs)[0]["answer_tokens_seen"]
     kept = statistics.mean(run["answer_tokens_kept"] for run in runs) / seen
-    costs = [str(len(runs)), f"{seconds(results, flags):.0f}", f"{100 * kept:.1f} %"]
+    took = seconds(results, flags)
+    costs = [str(len(runs)), "" if took is None else f"{took:.0f}", f"{100 * kept:.1f} %"]
     return [*costs, *(report.with_margin(runs, task) for task in TASKS)]
 
 
@@ -295,9 +301,10 @@ def draw_front(results: report.Results, path: Path) -> None:
             points, sign = [], report.better(task)
             for (budget, method), flags in variants().items():
                 runs = runs_of(results, flags)
-                if not runs or (paid is seconds and method in SIDE_FILES):
+                at = paid(results, flags) if runs else None
+                if at is None or (paid is seconds and method in SIDE_FILES):
                     continue
-                found, at = report.values(runs, task), paid(results, flags)
+                found = report.values(runs, task)
                 colour, marker = LOOKS[method]
                 y, margin = statistics.mean(found), noise.mean_margin(found)  # None, for a single run, draws no bar
                 hollow = {"markerfacecolor": "white"} if budget and budget not in WHOLE else {}

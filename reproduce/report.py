@@ -86,8 +86,9 @@ class Results:
         path = path or RESULTS / f"{name}.json"
         if not path.exists():
             return None
-        preset, runs = PRESETS[name](Path("runs") / name), {}
-        for run in sorted(read_json(path)["runs"], key=lambda run: run["seed"]):
+        preset, found, runs = PRESETS[name](Path("runs") / name), read_json(path), {}
+        for run in sorted(found["runs"], key=lambda run: run["seed"]):
+            run["device"] = found["machines"][run["machine"]]["device_name"] if "machine" in run else None
             expected = key_of(preset, run)
             if run["key"] != expected:
                 what = f"{run['model']}, {run['data']}, {run['flags'] or 'untuned'}, seed {run['seed']}"

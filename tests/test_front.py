@@ -47,8 +47,9 @@ def made(flags, seed, valid=1.0, learned=50.0, held=1.0, seconds=10.0, data=WIZA
     }
 
 
-def results(folder, runs):
-    (folder / "tiny.json").write_text(json.dumps({"runs": runs}))
+def results(folder, runs, devices=()):
+    machines = [{"device_name": name} for name in devices]
+    (folder / "tiny.json").write_text(json.dumps({"machines": machines, "runs": runs}))
     return report.Results.read("tiny", folder / "tiny.json")
 
 
@@ -98,6 +99,21 @@ def test_a_row_has_the_fewest_seconds_and_gains_over_random_and_full_data(tmp_pa
     assert lines[5].startswith("| 25x100 | as printed | random | +10.0 ± 2.3 |") and "better: learned" in lines[5]
     assert lines[6].startswith("| 25x100 | as printed | full data | +0.0 ± 2.3 |") and lines[6].endswith("| nothing |")
     assert lines[7].startswith("| 25x100 | as printed | before tuning | +11.0 ± 2.5 |")
+
+
+def test_seconds_on_another_device_than_full_data_do_not_count(tmp_path):
+    flags = METHODS["random"]("25x100")
+    runs = [made(FULL_DATA, 0) | {"machine": 0}]
+    runs += [made(flags, seed, seconds=20.0 - seed) | {"machine": seed} for seed in range(2)]
+    found = results(tmp_path, runs, ("slow", "fast"))
+    assert (front.seconds(found, flags), front.seconds(found, FULL_DATA)) == (20.0, 10.0)
+    found = results(tmp_path, [runs[0], runs[2]], ("slow", "fast"))
+    assert front.seconds(found, flags) is None
+    assert "| 25x100 | random | 1 |  | 25.0 % |" in front.front_table(found)
+    pytest.importorskip("matplotlib", reason="pip install matplotlib (the plot extra)")
+    for name in front.PAID:
+        front.draw_front(found, tmp_path / f"{name}.svg")
+        assert (">25<" in (tmp_path / f"{name}.svg").read_text()) == (name == "front_tokens")
 
 
 def test_the_spread_is_the_standard_deviation_over_seeds(tmp_path):
