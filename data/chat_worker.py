@@ -141,11 +141,11 @@ def _refusal(place: int) -> _Refused:
 def _check_nothing_is_left_out(render: Render, text: str, messages: list[dict], tools: list | None) -> None:
     """Refuse a conversation with something that the template does not render."""
     for place, message in enumerate(messages, start=1):
-        keys = ["content"] if message["role"] in ("system", "tool") else []
-        for key in (*keys, "reasoning_content"):
-            said = (message.get(key) or "").strip()
-            if said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
-                raise _Refused(f"the chat_template leaves out the {key!r} of turn {place} ({message['role']})")
+        for key in ("content", "reasoning_content"):
+            # A template may write a thought's marks and the space around them in another way.
+            for part in map(str.strip, re.split("</?think>", message.get(key) or "")):
+                if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
+                    raise _Refused(f"the chat_template leaves out the {key!r} of turn {place} ({message['role']})")
         if message.get("tool_calls"):
             without = [{**other, "tool_calls": []} if other is message else other for other in messages]
             if _renders_to(text, render, without, tools):

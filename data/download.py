@@ -47,6 +47,10 @@ def download(name, folder):
         partial = path.with_name(path.name + ".part")
         with urllib.request.urlopen(address, timeout=60) as source, open(partial, "wb") as target:
             shutil.copyfileobj(source, target)
+            got, expected = target.tell(), source.headers.get("Content-Length")
+        if expected is not None and got != int(expected):  # reading a broken connection just ends
+            partial.unlink()
+            raise OSError(f"{address}: the connection ended after {got} of {expected} bytes")
         os.replace(partial, path)
         if path.suffix == ".zip":
             shutil.unpack_archive(path, folder)

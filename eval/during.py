@@ -38,6 +38,8 @@ def read_eval_sets(cfg, tokenizer: TextTokenizer) -> dict[str, tuple]:
             tasks = (*BENCHMARKS, "rows")
             if task not in tasks or not path:
                 raise ValueError(f"--eval-sets: expected TASK=FILE with TASK one of {', '.join(tasks)}, got {part!r}")
+            if task in sets:
+                raise ValueError(f"--eval-sets: expected each task once, got {task!r} twice; put both sets in one file")
             if task == "rows":
                 evaluate, items = None, load_samples(path, tokenizer, cfg.template, cfg.max_length)[0]
                 check_token_ids(path, (s.input_ids for s in items), tokenizer, read_config(cfg.model).vocab_size)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import html
+import json
 import math
 import re
 import sys
@@ -42,18 +43,8 @@ from training.files import write_json, write_text
 
 def rows_by_id(path: str | Path, samples: dict[str, Sample]) -> dict[str, dict]:
     """Sample id -> the row of the file that the sample was made from (see `load_samples`)."""
-    rows = {}
-    for number, (_, row) in enumerate(read_rows(path)):
-        try:
-            to_messages(row)
-        except ValueError:
-            continue  # left out by --skip-bad-rows
-        name = str(number if row.get("id") is None else row["id"])
-        while name in rows:
-            name += f"#{number}"
-        if name in samples:
-            rows[name] = row
-    return rows
+    rows = read_rows(path)
+    return {name: rows[sample.number][1] for name, sample in samples.items()}
 
 
 def trimmed(log: Log, backfilled: bool) -> list[dict]:
@@ -393,10 +384,15 @@ def quadrant_rows(log: Log, rows: dict[str, dict], num: int = 3, first_step: int
         for step, sample in found.values():
             *_, question, answer = to_messages(rows[sample["id"]])
             became = _became(sample) + (f"; `{kind}`" if (kind := rows[sample["id"]].get("kind")) else "")
-            texts = [_cell(message["content"]) for message in (question, answer)]
+            texts = [_cell(said(message)) for message in (question, answer)]
             table.append([str(step), f"{sample['ppl']:.2f}", f"{sample['ent']:.2f}", became, *texts])
         parts += [f"### {title}", "", markdown(table), "" if found else "No row.", ""]
     return "\n".join(parts)
+
+
+def said(message: dict) -> str:
+    """A message's text; that of its tool calls, as JSON, where it has no other."""
+    return message.get("content") or json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
 
 
 def _became(sample: dict) -> str:
@@ -445,7 +441,7 @@ def cases(
             row, parts = rows[visit["id"]], pieces(tokenizer, answer_ids(samples[visit["id"]]))
             ends = np.cumsum([part.num_tokens for part in parts]).tolist()
             lost = ["0" in visit["tokens"][end - part.num_tokens : end] for part, end in zip(parts, ends, strict=True)]
-            prompt = "\n".join(message["content"] for message in to_messages(row)[:-1])
+            prompt = "\n".join(said(message) for message in to_messages(row)[:-1])
             found.append(Case(visit, prompt, parts, categories(parts, row.get("boilerplate", ())), lost))
     return found
 

@@ -157,7 +157,7 @@ def preset_of(args: argparse.Namespace, settings: list[str]) -> Preset:
         raise ValueError(
             f"{data}: expected ten rows or more, a tenth of them without a double; nothing can be held out"
         )
-    files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".safetensors"))
+    files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".jinja", ".safetensors"))
     model_name, data_name = f"{model.name}-{digest(*files)}", f"{data.stem}-{digest(data)}"
     root = args.out / f"{model_name}-{data_name}"
     for name, rows in (("train", train_rows), ("heldout", heldout_rows)):

@@ -125,8 +125,16 @@ def side_files(preset: Preset, run: Run) -> list[str]:
 
 
 def side_folder(preset: Preset, run: Run, root: Path) -> Path | None:
-    """The folder of the side files that a run needs; None if it needs none."""
-    return root / f"side-{run.model}-{run.data}" if side_files(preset, run) else None
+    """The folder of the side files that a run needs; None if it needs none.
+
+    Its name holds the settings with which the models that write them are tuned.
+    """
+    return root / f"side-{run.model}-{run.data}-{key(preset, untouched(run))}" if side_files(preset, run) else None
+
+
+def untouched(run: Run) -> Run:
+    """The run of the same model and rows with full data, seed 0."""
+    return dataclasses.replace(run, flags=("--sample-pruner", "none", "--token-pruner", "none"), seed=0)
 
 
 def train_command(preset: Preset, run: Run, root: Path) -> Command:
@@ -172,7 +180,7 @@ def side_commands(preset: Preset, runs: Sequence[Run], side: Path) -> list[Comma
     run is LoRA, also where the preset's runs are full fine-tuning.
     """
     model, scored = ["--model", str(preset.models[runs[0].model])], ["--data", str(preset.data[runs[0].data])]
-    whole = dataclasses.replace(runs[0], flags=("--sample-pruner", "none", "--token-pruner", "none"), seed=0)
+    whole = untouched(runs[0])
     tune = [*model, "--data", str(side / "tenth.json"), *settings(preset, whole), "--epochs", "3"]
     lora, reference, warmup = config_of(preset, whole).lora_rank > 0, side / "reference", side / "warmup"
     tuned = {  # field -> how the run that it needs is tuned

@@ -44,6 +44,11 @@ def loaded(logged, rows):
     return selection.read_log(logged), samples, BASE_TOKENIZER, cases.rows_by_id(rows, samples)
 
 
+def test_a_turn_that_only_calls_a_tool_is_shown_as_its_call():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    assert cases.said(call) == json.dumps(call["tool_calls"]) and cases.said({"content": "Yes"}) == "Yes"
+
+
 def test_the_planes_decisions_are_those_of_the_log_and_its_thresholds_separate_them(loaded):
     found = cases.plane(loaded[0], [step["step"] for step in loaded[0].steps])
     assert [len(step["batches"]) for step in found["steps"]] == [2] * len(loaded[0].steps)

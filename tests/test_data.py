@@ -1,5 +1,6 @@
 """data/sft.py and data/tokenizer.py: templates against exact ids, truncation, batches, every bad row's place."""
 
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -671,3 +672,20 @@ def test_a_download_without_a_network_is_one_line_and_status_2(tmp_path, monkeyp
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"data.download: {name}: could not be fetched: OSError: no network\n"
     assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize("size", [9, None])
+def test_a_download_that_breaks_off_leaves_no_file(tmp_path, monkeypatch, size):
+    def answer(address, timeout):
+        body = io.BytesIO(b"1234567")
+        body.headers = {} if size is None else {"Content-Length": str(size)}
+        return body
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    if size is None:  # a server that does not say how much it sends
+        download.download("squad", tmp_path)
+        assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"1234567"]
+    else:
+        with pytest.raises(OSError, match="the connection ended after 7 of 9 bytes"):
+            download.download("squad", tmp_path)
+        assert list(tmp_path.iterdir()) == []

@@ -191,7 +191,10 @@ def test_a_new_pruner_runs_without_a_change_here(monkeypatch):
     tiny = PRESETS["tiny"]
     both = runs.Run("embedded", WIZARD, ("--sample-pruner", "new", "--token-pruner", "newer"), 0)
     side = runs.side_folder(tiny, both, ROOT)
-    assert side == ROOT / "side-embedded-WizardLM"
+    assert side.name.startswith("side-embedded-WizardLM-")
+    other = dataclasses.replace(tiny, settings=(*tiny.settings, "--lr", "1e-3"))
+    assert runs.side_folder(other, both, ROOT) != side  # its models are tuned at another rate
+    assert runs.side_folder(tiny, dataclasses.replace(both, seed=1), ROOT) == side
     assert runs.train_command(tiny, both, ROOT)[1][-2:] == ["--scores", str(side / "scores")]
     commands = runs.side_commands(tiny, [run_of(0), both], side)
     assert [(module, argv[0]) for module, argv in commands if module != "train"] == [
@@ -349,7 +352,7 @@ def run_of(seed, token="Random", data=WIZARD):
 def test_side_files_come_before_the_runs_that_need_them_and_once(made):
     todo = [run_of(0, "Rho-1"), run_of(0), run_of(1, "TokenCleaning"), run_of(1)]
     assert command_line.run_all(PRESETS["tiny"], todo, ROOT, 2, lambda: None) == []
-    side = ROOT / "side-embedded-WizardLM"
+    side = runs.side_folder(PRESETS["tiny"], todo[0], ROOT)
     assert sorted(map(str, made)) == sorted(map(str, [*todo, side]))
     assert made.index(side) < min(made.index(todo[0]), made.index(todo[2]))
 
@@ -359,7 +362,7 @@ def test_a_failing_run_is_reported_and_the_others_continue(made):
     failed = command_line.run_all(PRESETS["tiny"], todo, ROOT, 1, lambda: None)
     assert sorted(line.rpartition(": ")[0].partition(":")[0] for line in failed) == [
         "embedded, WizardLM, seed 7",
-        "side files runs/side-embedded-MathInstruct",
+        f"side files {runs.side_folder(PRESETS['tiny'], todo[1], ROOT)}",
     ]
     assert run_of(1) in made
     assert run_of(2) in made

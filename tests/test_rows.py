@@ -28,6 +28,7 @@ SILENT = TextTokenizer(
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
 GET = {"role": "tool", "content": "42", "tool_call_id": "1"}
+GOOD, BAD = {"prompt": "Hi", "response": "Yes"}, {"prompt": "Hi", "response": ""}
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
@@ -38,7 +39,7 @@ def turns(*messages, **keys):
 # ------------------------------------------------------------------------------------------ what is trained
 
 
-@pytest.mark.parametrize("flags", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": None}])
+@pytest.mark.parametrize("flags", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": None}, {"train": 0}])
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, TALKATIVE])
 def test_a_turn_of_weight_0_or_not_to_train_has_no_label_and_all_others_have(tokenizer, flags):
     row = turns(ASK, SAY | flags, {"role": "user", "content": "So"}, {"role": "assistant", "content": "No"})
@@ -52,7 +53,8 @@ def test_a_turn_of_weight_0_or_not_to_train_has_no_label_and_all_others_have(tok
 
 
 def test_weight_1_and_train_true_change_nothing():
-    assert only_sample(turns(ASK, SAY | {"weight": 1, "train": True})) == only_sample(turns(ASK, SAY))
+    for flags in ({"weight": 1, "train": True}, {"weight": 1.0, "train": 1}):
+        assert only_sample(turns(ASK, SAY | flags)) == only_sample(turns(ASK, SAY))
 
 
 @pytest.mark.parametrize("flags", [{"weight": 0.5}, {"weight": "0"}, {"weight": -1}, {"train": 0.5}, {"train": "no"}])
@@ -111,6 +113,15 @@ def test_no_blank_line_follows_a_rows_own_system_text_in_the_alpaca_template():
         (turns({"role": "system", "content": "Be"}, ASK, SAY, system="Do"), "system: the row has another one"),
         (turns(ASK, SAY, functions=[{}]), "key 'functions' is not supported"),
         (turns(ASK, SAY, images=["a.png"]), "key 'images' is not supported"),
+        (turns(ASK, SAY, system_prompt="Be"), "key 'system_prompt' is not supported"),
+        (GOOD | {"input": "Hm"}, "key 'input' is not supported beside 'prompt': make it part of 'prompt', or leave it"),
+        ({"question": "Hi", "answer": "Yes", "context": "Hm"}, "key 'context' is not supported beside 'question'"),
+        ({"question": "Hi", "answer": "Yes", "options": {"A": "Yes"}}, "key 'options' is not supported beside"),
+        (
+            {"instruction": "Hi", "output": "Yes", "passage": "Hm"},
+            "key 'passage' is not supported beside 'instruction'",
+        ),
+        ({"instruction": "Hi", "input": 0, "output": "Yes"}, "input: expected a text, got 0"),
         (turns(ASK, SAY, tools="{"), "tools: expected a list, got a text that is no JSON"),
         (turns(ASK, SAY, tools=[1]), "tools: expected a list of objects"),
         (turns(ASK, GET, SAY), "tool turns between two of the assistant; got user, tool, assistant"),
@@ -162,6 +173,15 @@ def test_what_a_chat_template_leaves_out_is_refused_by_key(row, key):
         only_sample(row, tokenizer=SILENT)
 
 
+@pytest.mark.parametrize("answer", ["Well. <think>hm</think>Yes", "<think>so</think>Hm <think>hm</think>Yes"])
+def test_an_answer_that_a_chat_template_cuts_is_refused(answer):
+    cut = "{{ m.content.split('</think>')[-1].split('<think>')[-1] }}"
+    cuts = TextTokenizer(RAW, NAMED, SILENT.chat_template.replace("{{ m.content }}", cut))
+    assert only_sample(turns(ASK, SAY), tokenizer=cuts) == only_sample(turns(ASK, SAY), tokenizer=SILENT)
+    with pytest.raises(ValueError, match="the chat_template leaves out the 'content' of turn 2"):
+        only_sample(turns(ASK, SAY | {"content": answer}), tokenizer=cuts)
+
+
 @pytest.mark.parametrize(("row", "key"), [*LEFT_OUT, (turns(ASK, SAY, GET, SAY), "tool")])
 def test_what_a_named_template_has_no_place_for_is_refused_by_key(row, key):
     with pytest.raises(ValueError, match=f"'{key}': template 'default' has no place for it"):
@@ -169,8 +189,6 @@ def test_what_a_named_template_has_no_place_for_is_refused_by_key(row, key):
 
 
 # ----------------------------------------------------------------------------------------- bad rows, counted
-
-GOOD, BAD = {"prompt": "Hi", "response": "Yes"}, {"prompt": "Hi", "response": ""}
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8).filter(lambda good: not all(good)))

@@ -17,6 +17,8 @@ from model import Transformer
 from training.head import TokenLoss
 from training.ranks import Ranks
 
+TINY_ARC = train.TINY["eval_sets"].partition(",")[0].removeprefix("arc=")
+
 
 def plain_sft(checkpoint, samples, orders, total_steps):
     """Supervised fine-tuning with nothing clever: one row at a time, full logits, mean over the step's tokens."""
@@ -281,6 +283,10 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(checkpo
         (["--eval-every", "5"], "--eval-every needs --eval-sets TASK=FILE,..."),
         (["--eval-every", "5", "--eval-sets", "mmlu=x"], "--eval-sets: expected TASK=FILE with TASK one of arc, gsm8k"),
         (["--eval-every", "5", "--eval-sets", "rows=none.json"], "none.json"),
+        (
+            ["--eval-every", "5", "--eval-sets", "arc=" + ",arc=".join([TINY_ARC] * 2)],
+            "expected each task once, got 'arc' twice",
+        ),
         (["--eval-every", "0"], "--eval-every must be at least 1, got 0"),
         (["--sample-keep-ratio", 1.5], "--sample-keep-ratio must be in [0, 1], got 1.5"),
         (["--sample-keep-ratio", "nan"], "--sample-keep-ratio must be in [0, 1], got nan"),
