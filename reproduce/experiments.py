@@ -198,6 +198,7 @@ BEST_RATES = {  # (budget, method) -> the factor that `rates` finds: lowest loss
     ("12.5x50", "as printed"): 1.0,
     ("12.5x50", "Q1 barred"): 1.0,
     ("12.5x50", "Q1 barred, scored once"): 1.0,
+    ("50x50", "Q1 barred, scored once"): 3.0,
 }
 
 

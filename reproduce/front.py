@@ -234,14 +234,18 @@ GAINS = [(method, over) for method in COMPARED[1:] for over in (FULL, "random")]
 
 
 def noise_gains(results: report.Results, method: str, over: str) -> dict[tuple[str, str], report.Gain]:
-    """(rows, budget) -> a method's gain in held-out loss over full data or random, where both have run."""
+    """(rows, budget) -> a method's gain in held-out loss over full data or random, where both have run.
+
+    It has an interval where both have several seeds: a single run would get the other's spread.
+    """
     gains = {}
     for name in NOISY_ROWS:
         for budget in WHOLE:
             flags = METHODS[method](budget), FULL_DATA if over == FULL else METHODS[over](budget)
             pair = [noisy_runs(results, name, flag) for flag in flags]
             if all(pair):
-                gains[name, budget] = report.gain(*pair, "held")
+                found = report.gain(*pair, "held")
+                gains[name, budget] = found if min(map(len, pair)) > 1 else report.Gain(found.mean, None)
     return gains
 
 

@@ -379,14 +379,15 @@ RATES = """### Learning rates
 Loss on the validation rows after training with seed 0; the lowest of a line is bold. The other tables are made at 2e-4.
 The second table has each of these methods at its best rate in the first (`python -m reproduce best`). It includes
 seed 0, which chose the rate. Two lines are lowest at the lowest rate, so a lower one may suit them. At 2e-3 full data
-has the lowest loss of all. It loses 20 points of what the base knew; the methods at half of the samples lose 18 to 23.
+has the lowest loss of all. It loses 20 points of what the base knew; the methods at 50x100 lose 18 to 23, and 50x50 at
+6e-4 loses 7.
 """
 FRONT = """### What pruning pays
 
 Scores are over 560 learned, 390 corrected and 570 retained items (two thirds likelihood, one third generated). Seconds
 are the fewest of a method's runs over all learning rates, on a machine that other work shared. Most runs take up to 1.5
-times as long. `Q1 barred` is Q-Tuning with `--backfill-quadrants 0,2,3,4`; *scored once* adds `--reuse-scores 2`, which
-scores a row in the first epoch alone.
+times as long. The runs at 50x50 were made on another processor, so they have no seconds. `Q1 barred` is Q-Tuning with
+`--backfill-quadrants 0,2,3,4`; *scored once* adds `--reuse-scores 2`, which scores a row in the first epoch alone.
 
 LESS has the lowest held-out loss of the sample pruners in Table 13. Of the two token pruners in Table 14 Rho-1 has the
 lower loss; neither beats random tokens. LESS and Rho-1 were picked by this test's loss, which favours them. LESS is
@@ -402,8 +403,9 @@ NOISE = """### When does pruning win?
 
 Gain in held-out loss over full data and over random pruning, by share and kind of the noise among the rows, and the
 losses themselves (`python -m reproduce noise-all-0.6`, `noise-garbled-0.3` and so on). *Every kind* has equal shares of
-all five kinds, which `data/tiny/make.py` explains. The lowest loss of a line is bold, also within noise. One seed but
-for 30 % of every kind, so differences of a hundredth may be noise.
+all five kinds, which `data/tiny/make.py` explains. The lowest loss of a line is bold, also within noise. A gain has an
+interval where both rows have several seeds, and is bold where the interval excludes 0. Lines with one seed have no
+interval: there differences of a hundredth may be noise.
 
 With Q1 barred, pruning beats random pruning at every budget with garbled rows and with gibberish, most with garbled
 rows. It beats full data there too, but for 12.5 % with gibberish. With wrong, swapped or truncated rows, and without
