@@ -45,7 +45,7 @@ from training.lora import add_lora, save_adapter
 from training.model_folder import tokenizer_files
 from training.packing import check_varlen
 from training.ranks import Ranks, chosen_device, chosen_dtype, errors_in_one_line, fails_first
-from training.run_folder import Run, input_hashes, owned, weights_hash
+from training.run_folder import Run, check_hashes, check_settings, input_hashes, owned, weights_hash
 from training.scoring import Scorer, kept_batches, mean_nll, not_finite
 from training.shard import shard, whole_model
 from training.signals import Stopped, StopRequest
@@ -256,6 +256,7 @@ def train_on(
     end_id, written = template.end_id, tokenizer.files(template.chat_template)
     del template  # ends the process that renders chat templates
     samples = change_rows(samples) if change_rows else samples
+    check_settings(cfg, ranks)
     ranks.check_same(lambda: fingerprint(samples), f"the rows of --data {cfg.data}, as tokens")
     ranks.check_same(lambda: int(weights_hash(cfg.model), 16) >> 1, f"the weights in --model {cfg.model}")
     global_batch, per_step, schedule_steps, last_step = plan(cfg, len(samples), ranks.world)
@@ -280,7 +281,9 @@ def train_on(
     token_loss = make_loss(model, cfg.activation_checkpointing)
     scorer = Scorer(model, samples, ranks, cfg, autocast, side)
 
-    run = Run(cfg, ranks, len(samples), input_hashes(cfg, samples, stream.rows, side), stop or StopRequest())
+    hashes = input_hashes(cfg, samples, stream.rows, side)
+    check_hashes(hashes, ranks)
+    run = Run(cfg, ranks, len(samples), hashes, stop or StopRequest())
     done = run.resume(last_step, trainable, optimizer, stream, scorer)
     run.say(
         f"{len(samples)} rows ({skipped} skipped), {last_step} steps of {global_batch}, {ranks.world} x {cfg.device}"

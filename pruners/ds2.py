@@ -30,12 +30,12 @@ def nearest_neighbours(embedding: Tensor, num: int, *, block: int = 1024) -> tup
 
 
 def merge_rare_classes(rating: Tensor, min_share: float = 0.01) -> Tensor:
-    """Ratings (N,) to the nearest whole number, then to classes 0, 1, ... in their order; int64.
+    """Ratings (N,) to the nearest whole number, halves upwards, then to classes 0, 1, ... in their order; int64.
 
     A class of less than `min_share` of the rows joins the nearest that is not: too few rows to tell how it is
     confused with others.
     """
-    classes, place, count = rating.double().round().unique(return_inverse=True, return_counts=True)
+    classes, place, count = (rating.double() + 0.5).floor().unique(return_inverse=True, return_counts=True)
     common = classes[(count >= min_share * len(rating)) | (count == count.max())]
     nearest = (classes[:, None] - common).abs().argmin(dim=-1)  # (classes,) -> common
     return nearest[place]

@@ -20,11 +20,12 @@ stopped, and holds no more than a chunk. DIR/FIELD.json records the settings tha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from model import Transformer, read_config
 from pruners.less import adam_direction, count_sketch, influence
 from pruners.side_files import decode_vector, encode_vector, open_side_file, rows_by_id
 from qtuning import IGNORE_INDEX
+from training.checkpoint import read_checkpoint
 from training.files import locked, naming, read_object, write_json
 from training.head import TokenLoss
 from training.lora import load_adapter
@@ -208,7 +210,7 @@ class Sketch:
 
         Raises:
             FileNotFoundError: no adapter or no checkpoint there.
-            ValueError: the checkpoint is not of this adapter.
+            ValueError: the checkpoint is damaged, or not of this adapter.
         """
         load_adapter(model, run / "adapter")
         model.eval()
@@ -216,7 +218,10 @@ class Sketch:
         file = run / "checkpoint" / "state.pt"
         if not file.exists():
             raise FileNotFoundError(f"{file}: not found; --warmup must be the folder of a train.py LoRA run")
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = read_checkpoint(file)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         if list(state["trainable"]) != list(named):
             raise ValueError(f"{file}: its trained parameters are not those of {run / 'adapter'}")
         device = model.lm_head.weight.device
@@ -286,7 +291,10 @@ def values_of(args, model: Transformer, tokenizer: TextTokenizer, autocast) -> t
 
     told = {}
     if what != "complexity":  # which looks at no answer
-        some = [to_messages(row) for row in list(rows.values())[:64]]
+        some = []
+        for row in itertools.islice(rows.values(), 64):
+            with contextlib.suppress(ValueError):  # a bad row, which --skip-bad-rows leaves out
+                some.append(to_messages(row))
         told = swap_test(model, question, some, args.max_length, tokens, autocast)
         print(f"{what}: own answers beat swapped ones in {told['swap_test_wins']:.0%} of {len(some)} rows; ", end="")
         print(f"digits hold {told['digit_mass']:.0%} of the probability")
@@ -333,7 +341,7 @@ def score_missing(
     model = Transformer.from_pretrained(args.model, dtype=torch.bfloat16 if bf16 else torch.float32, device=device)
     if args.adapter:
         load_adapter(model, args.adapter)
-    autocast = torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
+    autocast = torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()
     values, facts = values_of(args, model, tokenizer, autocast)
     if facts:
         about = folder / f"{args.what}.json"

@@ -115,6 +115,8 @@ def sample_values(need: str, samples: Sequence[Sample], data: str, scores: str |
         vectors = read_side_file(_folder(need, scores), need, decode_vector)
         if len(sizes := sorted({len(vector) for vector in vectors.values()})) > 1:
             raise ValueError(f"{scores}/{need}.jsonl: expected vectors of one size, got sizes {shown(sizes)}")
+        if odd := [row_id for row_id, vector in vectors.items() if not vector.isfinite().all()]:
+            raise ValueError(f"{scores}/{need}.jsonl: id {odd[0]!r}: expected finite numbers (float16)")
         return [vectors.get(row_id) for row_id in ids]
     rows, side = rows_by_id(data), {}
     if not all(rows[row_id].get(need) is not None for row_id in ids):

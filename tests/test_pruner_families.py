@@ -269,6 +269,11 @@ def test_rare_classes_join_the_nearest_common_one():
     assert merge_rare_classes(rating).tolist() == [0] * 101 + [1] * 122
 
 
+def test_half_points_are_ratings_of_the_class_above():
+    rating = torch.tensor([2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0])
+    assert merge_rare_classes(rating).tolist() == [0, 1, 1, 2, 2, 3, 3]
+
+
 # ------------------------------------------------------------------------------------------------- LESS
 
 

@@ -319,6 +319,31 @@ def test_ranks_that_read_different_rows_say_so_before_the_first_step(checkpoint,
     assert not (machines[0] / "run").exists()
 
 
+def with_flags_of_its_own(argv, flags):
+    train.main([*argv, *flags[int(os.environ["RANK"])]])
+
+
+def test_ranks_that_are_started_with_different_settings_name_the_flag(checkpoint, rows, tmp_path):
+    flags = ([], ["--token-keep-ratio", "0.75"])
+    with pytest.raises(Failed) as failed:
+        on_ranks(2, with_flags_of_its_own, argv_of(checkpoint, rows, tmp_path / "run"), flags)
+    (line,) = "".join(failed.value.errors).splitlines()
+    assert "--token-keep-ratio: not the same on rank 0 and on rank 1" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_choose_different_rows_say_so_before_the_first_step(checkpoint, rows, machines):
+    ids = [json.loads(line)["id"] for line in rows.read_text().splitlines()]
+    for folder, sign in zip(machines, (1, -1), strict=True):
+        (folder / "scores").mkdir()
+        lines = [json.dumps({"id": row_id, "rating": sign * place}) for place, row_id in enumerate(ids)]
+        (folder / "scores" / "rating.jsonl").write_text("\n".join(lines))
+    argv = argv_of(checkpoint, rows, "run", "--sample-pruner", "alpagasus", "--scores", "scores")
+    with pytest.raises(Failed) as failed:
+        on_ranks(2, elsewhere, argv, machines)
+    assert "the rows that --sample-pruner chooses: not the same on rank 0 and on rank 1" in "".join(failed.value.errors)
+
+
 def test_resume_without_a_shared_folder_says_what_it_needs(checkpoint, rows, machines):
     argv = argv_of(checkpoint, rows, "run", "--max-steps", "1")
     on_ranks(2, elsewhere, argv, machines)

@@ -161,7 +161,7 @@ def test_merge_keeps_the_dtype_of_the_base(adapter_run, base, tmp_path):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("case", ["out is full", "no base", "no adapter", "dtype"])
+@pytest.mark.parametrize("case", ["out is full", "no base", "no adapter", "dtype", "a link"])
 def test_a_merge_that_cannot_be_is_one_line_and_status_2(adapter_run, base, tmp_path, capsys, case):
     paths = {"base": base, "adapter": adapter_run / "adapter", "out": tmp_path / "out"}
     if case == "out is full":
@@ -172,6 +172,11 @@ def test_a_merge_that_cannot_be_is_one_line_and_status_2(adapter_run, base, tmp_
         config = json.loads((base / "config.json").read_text()) | {"torch_dtype": "int4"}
         (tmp_path / "base" / "config.json").write_text(json.dumps(config))
         paths["base"] = tmp_path / "base"
+    elif case == "a link":  # to a file that would be published with the weights
+        (tmp_path / "secret").write_text("{}")
+        paths["adapter"] = shutil.copytree(adapter_run / "adapter", tmp_path / "adapter")
+        (tmp_path / "adapter" / "special_tokens_map.json").unlink(missing_ok=True)
+        (tmp_path / "adapter" / "special_tokens_map.json").symlink_to(tmp_path / "secret")
     else:
         paths[case.removeprefix("no ")] = tmp_path / "none"
     with pytest.raises(SystemExit) as caught:

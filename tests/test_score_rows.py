@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from train_runs import run
 
 from data.sft import load_samples
 from data.tokenizer import TextTokenizer
@@ -126,7 +127,22 @@ def test_two_rows_of_one_id_cannot_be_scored(checkpoint, rows, tmp_path, capsys)
     assert "two rows have the id 'r0'" in refused(capsys, "base_nll", checkpoint, twice, tmp_path / "scores")
 
 
+@pytest.mark.parametrize("what", ["rating", "cond_gain"])
+def test_bad_rows_are_left_out_where_the_flag_says_so(checkpoint, rows, tmp_path, capsys, what):
+    lines = rows.read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | {"output": ""})
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join(lines))
+    assert "bad.jsonl:3" in refused(capsys, what, checkpoint, bad, tmp_path / "a")
+    write(what, checkpoint, bad, tmp_path / "b", "--skip-bad-rows")
+    assert len(read_side_file(tmp_path / "b", what)) == len(lines) - 1
+
+
 def test_less_needs_a_lora_run_and_targets(checkpoint, rows, tmp_path, capsys):
     assert "less needs --warmup RUN and --targets" in refused(capsys, "less", checkpoint, rows, tmp_path / "a")
     flags = ("--warmup", tmp_path / "none", "--targets", rows)
     assert "adapter_config.json" in refused(capsys, "less", checkpoint, rows, tmp_path / "b", *flags)
+    run(checkpoint, rows, tmp_path / "run", "--lora-rank", "2", "--sample-pruner", "none", "--max-steps", "1")
+    (tmp_path / "run" / "checkpoint" / "state.pt").write_bytes(b"torn")
+    flags = ("--warmup", tmp_path / "run", "--targets", rows)
+    assert "state.pt: not a whole checkpoint" in refused(capsys, "less", checkpoint, rows, tmp_path / "c", *flags)

@@ -41,6 +41,14 @@ def test_a_field_of_the_data_comes_before_the_side_file_and_the_side_file_before
         sample_values("rating", ROWS, data, None)
 
 
+def test_a_vector_that_is_not_finite_is_refused_by_id(data, tmp_path):
+    vectors = {"a": encode_vector(torch.ones(2)), "b": encode_vector(torch.tensor([1.0, 1e9]))}  # inf in float16
+    lines = [json.dumps({"id": row_id, "embedding": text}) + "\n" for row_id, text in vectors.items()]
+    (tmp_path / "embedding.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match=r"embedding\.jsonl: id 'b': expected finite numbers"):
+        sample_values("embedding", ROWS, data, str(tmp_path))
+
+
 def test_a_field_that_is_no_number_is_refused_by_name(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": "a", "rating": "good"}\n{"id": "b", "rating": 3}\n')

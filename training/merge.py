@@ -14,7 +14,7 @@ import torch
 from model import Transformer
 from training.files import read_object
 from training.lora import load_adapter
-from training.model_folder import TOKENIZER_FILES
+from training.model_folder import tokenizer_files
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path) -> None:
@@ -34,7 +34,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path) -> None:
     if dtype is None:
         raise ValueError(f"{base / 'config.json'}: torch_dtype {name!r} is not implemented")
     model = load_adapter(Transformer.from_pretrained(base, dtype=dtype), adapter)
-    own = [name for name in TOKENIZER_FILES if (adapter / name).is_file() and name != "generation_config.json"]
+    own = [file.name for file in tokenizer_files(adapter) if file.name != "generation_config.json"]
     files: dict[str, object] = {name: (adapter / name).read_text(encoding="utf-8") for name in own}
     if "tokenizer_config.json" in own:
         files.setdefault("chat_template.jinja", None)

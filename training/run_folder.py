@@ -129,6 +129,36 @@ HASHED = {
 }
 
 
+def hashed(name: str) -> str:
+    """What a hash of `input_hashes` is of."""
+    return HASHED.get(name, f"the values of {name!r} in the data or in --scores")
+
+
+OF_RANK = ("model", "data", "out", "scores", "eval_sets", "pass_tokens")  # paths of a machine, and its own memory
+
+
+def check_settings(cfg, ranks: Ranks) -> None:
+    """Make sure that all ranks have the same settings, but for OF_RANK: each machine starts its own command.
+
+    Raises:
+        ValueError: the flag, and the ranks that have another value of it than rank 0.
+    """
+    for field in dataclasses.fields(cfg):
+        if field.name not in OF_RANK:
+            value = repr(getattr(cfg, field.name)).encode()
+            ranks.check_same(lambda value=value: int(digest([value]), 16) >> 1, f"--{field.name.replace('_', '-')}")
+
+
+def check_hashes(hashes: dict[str, str], ranks: Ranks) -> None:
+    """Make sure that all ranks have the same hashes of `input_hashes`.
+
+    Raises:
+        ValueError: what differs, and on which ranks.
+    """
+    for name, value in hashes.items():
+        ranks.check_same(lambda value=value: int(value, 16) >> 1, hashed(name))
+
+
 # -------------------------------------------------------------------------------------- start and resume
 
 
@@ -179,8 +209,7 @@ def open_run(cfg, description: dict) -> tuple[Path | None, str, list[str]]:
         raise ValueError(f"--resume: the run in {out} takes {theirs} samples a step, these settings take {ours}")
     for name, value in description["hashes"].items():
         if before["hashes"].get(name) != value:
-            what = HASHED.get(name, f"the values of {name!r} in the data or in --scores")
-            raise ValueError(f"--resume: {what} have changed since the run in {out} began")
+            raise ValueError(f"--resume: {hashed(name)} have changed since the run in {out} began")
     for folder in ("model", "adapter"):
         remove_leftovers(out / folder)
     (out / "finished.json").unlink(missing_ok=True)
