@@ -119,7 +119,7 @@ ROLES = {
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of the same key; transformers reads the first
 REFUSED = ("functions", "documents", "chat_template_kwargs", "images", "videos", "audios")  # not implemented
 REFUSED += ("system_prompt",)  # a system turn under another name
-OF_PROMPT = ("input", "context", "passage", "options", "choices")  # parts of a prompt beside a form of two texts
+OF_PROMPT = ("context", "passage", "options", "choices")  # parts of a prompt beside a form of two texts
 
 
 def to_messages(row: object) -> list[dict]:
@@ -139,8 +139,8 @@ def to_conversation(row: object) -> Conversation:
         of a turn   weight 0 or train false: its answer carries no label; reasoning_content, tool_calls and what else a
                     message has: for the chat_template
 
-    What would change the conversation and is not implemented is refused (REFUSED, and OF_PROMPT beside the first three
-    forms); other keys are ignored.
+    What would change the conversation and is not implemented is refused: REFUSED, and beside the first three forms
+    OF_PROMPT, and input where it is not read. Other keys are ignored.
 
     Raises:
         ValueError: what is wrong, what was expected, what came.
@@ -174,11 +174,10 @@ def to_conversation(row: object) -> Conversation:
 
 def _pair_messages(form: str, row: dict) -> tuple[list[dict], tuple[bool, ...]]:
     question = row[form]
-    read = ("input",) if form == "instruction" else ()
-    for key in OF_PROMPT:
-        if key not in read and row.get(key) not in (None, "", [], {}):
+    for key in OF_PROMPT if form == "instruction" else ("input", *OF_PROMPT):
+        if row.get(key) not in (None, "", [], {}):
             raise ValueError(f"key {key!r} is not supported beside {form!r}: make it part of {form!r}, or leave it out")
-    if read and row.get("input") not in (None, ""):
+    if form == "instruction" and row.get("input") not in (None, ""):
         added = _text("input", row["input"], may_be_blank=True)
         question = _text(form, question) + "\n" + added if question else added
     pairs = row.get("history") or []

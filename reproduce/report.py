@@ -351,8 +351,9 @@ are as printed; [`paper.json`](paper.json) lists its misprints.
 TINY = """## The embedded default
 
 Two epochs of the embedded default (5,120 rows, 64 steps of 160, a model of a million parameters) on a CPU, one thread a
-run: `python -m reproduce spread front --seeds 5`, `best trimmed parts`, and all else with `--seeds 1`. World and base
-were frozen at commit b712f5e. Six bases were dropped before that:
+run: `python -m reproduce spread front --seeds 5`, `best trimmed parts`, and all else with `--seeds 1`. Tables 9, 11 and
+12, `trimmed` and the further seeds of the noise experiments ran on another processor than the rest (AVX2). World and
+base were frozen at commit b712f5e. Six bases were dropped before that:
 
 - On the first base tuning changed no score (4 runs).
 - On the second base tuning lowered no loss. It has 81 runs, and some of them compared methods.

@@ -67,6 +67,12 @@ def run(folder, rows, out, *flags):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def chosen(out):
+    """The rows and tokens that each step of a run trained on."""
+    steps = map(json.loads, (out / "selection.jsonl").read_text().splitlines())
+    return [[(sample["id"], sample["kept"], sample.get("tokens")) for sample in step["samples"]] for step in steps]
+
+
 def compared(folder, rows, out, *flags):
     """Train on the GPU and on the CPU, both in bf16; the kernels of a GPU are used, and the results are alike."""
     flags = [*flags, "--dtype", "bf16"]
@@ -77,11 +83,11 @@ def compared(folder, rows, out, *flags):
     assert seen.get("aten.mm.dtype") and seen["aten._fused_adamw_.default"] == 2
     assert seen.get("torch_attn._varlen_attn.default") and not Cuda.attended, "attention went row by row"
     assert all(settings["cache_enabled"] is False for settings in Cuda.autocasts), "autocast keeps its casts"
-    for a, b in zip(found, expected, strict=True):
+    for a, b, ours, theirs in zip(found, expected, chosen(out / "gpu"), chosen(out / "cpu"), strict=True):
         assert a["samples_kept"] == b["samples_kept"]
         assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
-        # Processors round bf16 differently, and near ties then choose other rows: with AVX2 1.09 against 0.83.
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.5)
+        # In bf16 near ties may choose other tokens, whose gradient is another one: with AVX2 1.09 against 0.83.
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.3 if ours == theirs else 0.5)
 
 
 CASES = [
